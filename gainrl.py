@@ -1,0 +1,909 @@
+"""GAIN-RL in one file: GRPO that picks its questions by the angles between their token vectors.
+
+From "Angles Don't Lie" (arXiv 2506.02281). One prefill pass scores every training question by its
+angle concentration C, the mean cosine between the hidden states of its tokens: the more they point
+one way, the larger the gradient. Sort by C, draw each batch from a Gaussian over the ranks, and
+move the Gaussian on as fast as the batch's accuracy and angle allow. The rest is plain GRPO.
+
+    python gainrl.py                              Qwen2.5-0.5B on GSM8K; without a GPU, a tiny world
+    python gainrl.py --curriculum uniform         plain GRPO; or angle-unbiased, length, shuffled
+    python gainrl.py --resume runs/tiny-angle-0   go on after Ctrl-C, a crash or kill -9
+
+On purpose different from the authors' code, or from textbook GRPO:
+- C is the paper's definition, on the states that enter `lm_head`. Their code computes another thing.
+- The mean of the Gaussian stops at the last rank. Theirs runs past the data until sampling fails.
+- The loss is a mean over the tokens of the batch; the reward is 0 or 1, with no part for the format.
+- One update a batch (--updates for more): what learns is what sampled, so no ratio is clipped.
+Not here: several GPUs, adapters, tasks whose answers are not a number.
+"""
+
+import copy
+import itertools
+import json
+import math
+import os
+import random
+import re
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections import namedtuple
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import datasets
+import jinja2
+import tokenizers
+import torch
+import torch.nn.functional as F
+import transformers
+from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
+
+# --- Config ---------------------------------------------------------------------------------------
+
+CURRICULA = ("angle", "angle-unbiased", "length", "shuffled", "uniform")
+PRESETS = ("gsm8k", "tiny")
+TINY_WORLD = "runs/tiny-world"
+STEP, SIGMA = 500 / 7473, 1000 / 7473  # the authors' 500 and 1000 as shares of GSM8K
+
+
+def option(default, help):
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class Config:
+    """Every setting of a run. A pair of defaults is one for each preset: (gsm8k, tiny)."""
+
+    preset: str = option(None, "gsm8k or tiny; if not given, tiny where there is no GPU")
+    model: str = option(("Qwen/Qwen2.5-0.5B-Instruct", TINY_WORLD), "hub name or local folder")
+    dataset: str = option(("openai/gsm8k", TINY_WORLD), "hub name, or folder of {train,test}.jsonl")
+    curriculum: str = option("angle", "what picks the questions: " + ", ".join(CURRICULA))
+    steps: int = option((200, 30), "batches to train on; 0 scores and ranks only")
+    prompts_per_step: int = option((32, 16), "P, questions in a batch")
+    completions_per_prompt: int = option(8, "G, completions sampled for each question")
+    updates: int = option(1, "gradient steps on each batch")
+    max_new_tokens: int = option((512, 64), "longest completion, in tokens")
+    micro_batch: int = option(
+        (8, 128), "completions in a backward pass; changes memory, not results"
+    )
+    score_batch: int = option(64, "questions in a scoring pass; changes memory, not results")
+    temperature: float = option(1.0, "of sampling; evaluation is greedy")
+    lr: float = option((1e-6, 1e-4), "learning rate of AdamW, constant")
+    clip: float = option(0.2, "epsilon of the clipped ratio")
+    kl: float = option((0.001, 0.0), "weight of the KL term; 0 keeps no reference model in memory")
+    max_grad_norm: float = option(1.0, "a longer gradient is scaled down to this norm")
+    sigma: float = option(SIGMA, "width of the Gaussian, as a share of the data set")
+    curriculum_step: float = option(STEP, "n, the unit of the mean's step, as a share likewise")
+    seed: int = option(0, "of the draws and the sampling")
+    eval_every: int = option((50, 10), "steps between evaluations")
+    eval_examples: int = option(512, "test questions in an evaluation: the first ones")
+    checkpoint_every: int = option((10, 1), "steps between checkpoints")
+    run_dir: str = option(None, "where the run is kept; runs/PRESET-CURRICULUM-SEED if not given")
+    resume: str = option(None, "a run directory to go on with, configured as it was")
+
+    def __post_init__(self):
+        if self.preset is None:
+            named = isinstance(self.model, str) or isinstance(self.dataset, str)
+            self.preset = "gsm8k" if named or torch.cuda.is_available() else "tiny"
+        for name, known in (("preset", PRESETS), ("curriculum", CURRICULA)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"--{name} {getattr(self, name)}: choose from {', '.join(known)}")
+        least = {"steps": 0, "seed": 0, "kl": 0, "completions_per_prompt": 2}
+        for name, kind in self.__annotations__.items():
+            if isinstance(getattr(self, name), tuple):
+                setattr(self, name, getattr(self, name)[PRESETS.index(self.preset)])
+            value, low = getattr(self, name), least.get(name, 1 if kind is int else 1e-12)
+            if kind is not str and not low <= value < math.inf:
+                raise ValueError(f"--{name.replace('_', '-')} {value}: must be {low} or more")
+        if self.model == TINY_WORLD != self.dataset:
+            raise ValueError("the tiny world's model knows no other words: name a --model as well")
+        self.run_dir = self.run_dir or f"runs/{self.preset}-{self.curriculum}-{self.seed}"
+
+
+# --- The signal: angle concentration (paper, section 3) -------------------------------------------
+#
+# For Y = XW with token rows x_i and upstream gradients g_i = dL/dy_i,
+#     |dL/dW|_F^2 = sum_ij (x_i . x_j)(g_i . g_j) = sum_ij |x_i||x_j| cos(theta_ij) (g_i . g_j).
+# Layer norms fix |x_i|, so what a prompt itself adds to its gradient is the angles of its tokens.
+
+Scores = namedtuple("Scores", "intra inter angle tokens")
+
+
+def angle_concentration(hidden, prefix_mask, question_mask, include_self=True):
+    """C_intra and C_inter of the paper (section 3): two float32 tensors (B,), within [-1, 1].
+
+        C_intra = mean of cos(theta_ij) over i, j in the question
+        C_inter = mean of cos(theta_ij) over i in the question, j in the prefix
+
+    hidden: (B, T, D), any float dtype. Masks: (B, T) bool, disjoint; padding is in neither, on
+    either side. A zero vector has cosine 0 with all. Without a prefix C_inter is 0.
+    include_self=False leaves out the i = j pairs, which add (1 - C)/L to a question of L tokens
+    and so favour short ones; a question of one token then has C_intra 0.
+    Reduced in float32, as bfloat16 sums change ranks. ValueError for a row without a question
+    token and for masks that overlap.
+    """
+    if not question_mask.any(1).all():
+        row = question_mask.any(1).int().argmin().item()
+        raise ValueError(f"row {row} has no question token")
+    if (prefix_mask & question_mask).any():
+        raise ValueError("a token is in both prefix_mask and question_mask")
+    unit = F.normalize(hidden.float(), dim=-1)
+    # A fill and not a product: padding may hold anything, even NaN.
+    prefix = unit.masked_fill(~prefix_mask[..., None], 0).sum(1)
+    unit = unit.masked_fill(~question_mask[..., None], 0)
+    question, n, m = unit.sum(1), prefix_mask.sum(1), question_mask.sum(1)
+    # sum_ij cos(theta_ij) = |sum_i u_i|^2: O(T D), where a T x T matrix takes O(T^2 D).
+    intra, pairs = question.square().sum(1), m * m
+    if not include_self:
+        intra, pairs = intra - unit.square().sum((1, 2)), m * (m - 1)
+    intra = torch.where(pairs > 0, intra / pairs, 0.0)
+    inter = (question * prefix).sum(1) / (m * n).clamp(min=1)
+    return intra.clamp(-1, 1), inter.clamp(-1, 1)
+
+
+@torch.no_grad()
+def score_prompts(model, tokenizer, questions, config):
+    """Scores of N questions (strings): C_intra, C_inter, their sum C (angle) and the question's
+    length in tokens, each (N,) on the CPU.
+
+    One prefill of the transformer body, to a question's last token: no later one changes its
+    states. What all prompts begin with runs once, and its keys and values serve every batch.
+    Questions of equal length share a batch, config.score_batch at most, so nothing is padded.
+    config.curriculum "angle-unbiased" leaves out the i = j pairs. ValueError for a score that is
+    not finite.
+    """
+    prompts, device = encode_prompts(tokenizer, questions), model.device
+    shared = os.path.commonprefix([prompt.ids[: prompt.start] for prompt in prompts])
+    prefix = model.base_model(torch.tensor([shared], device=device), use_cache=True)
+    intra, inter = torch.zeros(2, len(prompts))
+    bar = tqdm(total=len(prompts), desc="scoring", unit="question", leave=False)
+    by_length = sorted(range(len(prompts)), key=lambda i: prompts[i].end)
+    for end, group in itertools.groupby(by_length, key=lambda i: prompts[i].end):
+        for rows in torch.tensor(list(group)).split(config.score_batch):
+            batch = [prompts[i] for i in rows]
+            ids = torch.tensor([p.ids[len(shared) : end] for p in batch], device=device)
+            cache = copy.deepcopy(prefix.past_key_values)
+            cache.batch_repeat_interleave(len(batch))
+            hidden = model.base_model(ids, past_key_values=cache, use_cache=True).last_hidden_state
+            hidden = torch.cat([prefix.last_hidden_state.expand(len(batch), -1, -1), hidden], 1)
+            start = torch.tensor([[p.start] for p in batch], device=device)
+            before = torch.arange(end, device=device) < start
+            include_self = config.curriculum != "angle-unbiased"
+            pair = angle_concentration(hidden, before, ~before, include_self)
+            intra[rows], inter[rows] = (c.cpu() for c in pair)
+            bar.update(len(batch))
+    bar.close()
+    for row, finite in enumerate(torch.isfinite(intra + inter)):
+        if not finite:
+            raise ValueError(f"question {row} has no finite score: {questions[row][:60]!r}")
+    tokens = torch.tensor([prompt.end - prompt.start for prompt in prompts])
+    return Scores(intra, inter, intra + inter, tokens)
+
+
+# --- The curriculum (paper, section 4) ------------------------------------------------------------
+
+
+class GaussianCurriculum(torch.utils.data.Sampler):
+    """Batches of data-set indices from a Gaussian that moves down the order of the scores.
+
+    scores: (N,), highest first in `.order`, ties by index. step and sigma are shares of N; with
+    an infinite sigma the draw is uniform. Iterating yields batches without end, as a DataLoader's
+    `batch_sampler`. ValueError for N < batch_size and for a score that is not finite.
+    """
+
+    def __init__(
+        self,
+        scores,
+        batch_size,
+        *,
+        step=STEP,
+        sigma=SIGMA,
+        target=0.5,
+        alpha=2.0,
+        gamma=2.0,
+        seed=0,
+    ):
+        scores = torch.as_tensor(scores)
+        if not torch.isfinite(scores).all():
+            raise ValueError(f"score {torch.isfinite(scores).int().argmin()} is not finite")
+        if not 1 <= batch_size <= len(scores):
+            raise ValueError(f"no batch of {batch_size} can be drawn from {len(scores)} questions")
+        if not (step > 0 and sigma > 0):
+            raise ValueError(f"step {step} and sigma {sigma} must be above 0")
+        self.order = scores.argsort(descending=True, stable=True)
+        self.batch_size, self.mean = batch_size, 0.0
+        self.step, self.sigma = step * len(scores), sigma * len(scores)
+        self.target, self.alpha, self.gamma = target, alpha, gamma
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def log_density(self):
+        position = torch.arange(len(self.order), dtype=torch.float64)
+        return -0.5 * ((position - self.mean) / self.sigma) ** 2
+
+    def probabilities(self):
+        """(N,) float64 over positions in the order; sums to 1 also where every density is 0."""
+        return self.log_density().softmax(0)
+
+    def sample(self):
+        """batch_size distinct indices, always a full batch, by Gumbel top-k: the k largest of
+        log p + Gumbel noise are k draws without replacement."""
+        noise = torch.empty(len(self.order), dtype=torch.float64)
+        gumbel = -noise.exponential_(generator=self.generator).log()
+        return self.order[(self.log_density() + gumbel).topk(self.batch_size).indices].tolist()
+
+    def __iter__(self):
+        while True:
+            yield self.sample()
+
+    def update(self, accuracy, angle):
+        """Move the mean by the accuracy (0 to 1) and the mean C of the batch just trained on.
+
+            mu <- mu + n S(alpha (accuracy - target)) + n S(gamma angle),   S(z) = 2 sigmoid(2z) - 1
+
+        Never backwards, as in the authors' code; never past the last position, unlike it.
+        Returns the new mean. ValueError for NaN and for an accuracy outside [0, 1].
+        """
+        if not (0 <= accuracy <= 1 and math.isfinite(angle)):
+            raise ValueError(f"accuracy {accuracy} must be in [0, 1] and angle {angle} finite")
+        # S(z) is tanh(z), which does not overflow.
+        move = math.tanh(self.alpha * (accuracy - self.target)) + math.tanh(self.gamma * angle)
+        self.mean = min(self.mean + self.step * max(move, 0.0), len(self.order) - 1.0)
+        return self.mean
+
+    def state_dict(self):
+        return {"mean": self.mean, "generator": self.generator.get_state()}
+
+    def load_state_dict(self, state):
+        """Go on where state_dict() was taken: the next draws are bit-equal."""
+        self.mean = state["mean"]
+        self.generator.set_state(state["generator"])
+
+
+def make_curriculum(scores, config):
+    """The five arms. They differ in what is sorted, and `uniform` in a Gaussian without an end."""
+    chance = torch.Generator().manual_seed(config.seed)
+    by = {
+        "length": -scores.tokens,
+        "shuffled": torch.randperm(len(scores.tokens), generator=chance),
+    }
+    sigma = math.inf if config.curriculum == "uniform" else config.sigma
+    return GaussianCurriculum(
+        by.get(config.curriculum, scores.angle),
+        config.prompts_per_step,
+        step=config.curriculum_step,
+        sigma=sigma,
+        seed=config.seed,
+    )
+
+
+# --- The task: GSM8K's prompts, answers and reward ------------------------------------------------
+
+SYSTEM_PROMPT = "Solve the problem step by step. Write the final number as \\boxed{number}."
+EXAMPLE = ("What is 2+2?", "2 + 2 = 4. The answer is \\boxed{4}.")
+PLACEHOLDER = "\ue000"  # a private-use character: in no template and no question
+
+# ids[:start] is the prefix (the paper's n tokens), ids[start:end] the question; what follows is
+# the template's own, and in neither.
+Prompt = namedtuple("Prompt", "ids start end")
+
+
+def build_messages(question):
+    """The chat of one question: system prompt and one-shot example (the prefix), then itself."""
+    roles = ("system", "user", "assistant", "user")
+    texts = (SYSTEM_PROMPT, *EXAMPLE, question)
+    return [{"role": role, "content": text} for role, text in zip(roles, texts)]
+
+
+def render_template(tokenizer):
+    """The texts that the chat template puts before and after a question.
+
+    A template that refuses or drops the system role gets its text in the first user turn.
+    ValueError where the tokenizer has no template, no offsets, or a template that cannot be used.
+    """
+    name = tokenizer.name_or_path
+    if not tokenizer.is_fast:
+        raise ValueError(f"the tokenizer of {name} has no character offsets: use a fast tokenizer")
+    if not tokenizer.chat_template:
+        raise ValueError(f"the tokenizer of {name} has no chat template: use an instruct model")
+    system, user, *rest = build_messages(PLACEHOLDER)
+    merged = {"role": "user", "content": f"{SYSTEM_PROMPT}\n\n{user['content']}"}
+    for chat in ([system, user, *rest], [merged, *rest]):
+        try:
+            text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+        except jinja2.TemplateError:
+            continue
+        if SYSTEM_PROMPT in text and text.count(PLACEHOLDER) == 1:
+            return text.split(PLACEHOLDER)
+    raise ValueError(f"the chat template of {name} loses the system prompt or the question")
+
+
+def question_span(offsets, begin, end):
+    """(first, last + 1) of the tokens that touch the characters [begin, end) of a prompt; offsets
+    are the tokenizer's (begin, end) for each token. ValueError where none touches."""
+    touching = [k for k, (b, e) in enumerate(offsets) if b < end and e > begin]
+    if not touching:
+        raise ValueError("the tokenizer makes no token of the question")
+    return touching[0], touching[-1] + 1
+
+
+def encode_prompts(tokenizer, questions):
+    """The Prompt of each question (strings)."""
+    head, tail = render_template(tokenizer)
+    texts = [head + question.strip() + tail for question in questions]
+    coded = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
+    return [
+        Prompt(ids, *question_span(offsets, len(head), len(text) - len(tail)))
+        for ids, offsets, text in zip(coded["input_ids"], coded["offset_mapping"], texts)
+    ]
+
+
+ANSWER = re.compile(r"\\boxed\s*\{((?:[^{}]|\{[^{}]*\})*)\}|####([^\n]*)")
+NUMBER = re.compile(r"(?:-\s*)?(?:[0-9]+\.?[0-9]*|\.[0-9]+)")
+
+
+def extract_answer(text):
+    """The number in the last `\\boxed{...}` or `#### ...`, in one canonical form, or None.
+
+    "1,000", "$1000", "1000.00" and "1000." are all "1000". A box of several numbers (a fraction,
+    a range, a list) has no answer: to choose one of them would reward a guess.
+    """
+    answers = ANSWER.findall(text)
+    content = "".join(answers[-1]) if answers else ""
+    content = content.replace("\N{MINUS SIGN}", "-").replace("{,}", ",")
+    content = re.sub(r"\\?\$|\\[!,]|(?<=[0-9]),(?=[0-9])", "", content)  # $5, \$5, 1\,000, 1,000
+    numbers = NUMBER.findall(content)
+    if len(numbers) != 1:
+        return None
+    # As text: int() refuses more than 4,300 digits.
+    whole, _, fraction = numbers[0].lstrip("- \t").partition(".")
+    number = (whole.lstrip("0") or "0") + ("." + fraction.rstrip("0")).rstrip(".")
+    return "-" + number if numbers[0].startswith("-") and number != "0" else number
+
+
+def reward(completion, gold):
+    """1.0 if the completion's answer is the gold one (the data set's `answer` field), else 0.0."""
+    answer = extract_answer(completion)
+    return float(answer is not None and answer == extract_answer(gold))
+
+
+def load_rows(source, split):
+    """Rows of question and answer, from SOURCE/split.jsonl or the split of a hub data set.
+
+    ValueError that names the file and line of the first row that cannot be used.
+    """
+    path = Path(source, f"{split}.jsonl")
+    if path.is_file():
+        rows = path.read_bytes().splitlines()
+    elif Path(source).is_dir():
+        raise ValueError(f"{path} is missing: --dataset needs train.jsonl and test.jsonl")
+    else:
+        try:
+            rows = list(datasets.load_dataset(source, "main", split=split))
+        except Exception as error:  # the hub fails in too many ways to list
+            hint = "name a local folder with --dataset, or run --preset tiny"
+            raise ValueError(f"no data set {source!r}: {hint} ({error!r:.300})") from error
+    if not rows:
+        raise ValueError(f"{path} is empty: it needs rows of question and answer")
+    for k, row in enumerate(rows):
+        try:
+            rows[k] = row = json.loads(row) if isinstance(row, bytes) else row
+            usable = row["question"].strip() and extract_answer(row["answer"])
+        except (ValueError, TypeError, KeyError, AttributeError):
+            usable = False
+        if not usable:
+            what = "needs a question, and an answer that ends in '#### ' and one number"
+            raise ValueError(f"{path}:{k + 1} {what}: {str(row)[:100]!r}")
+    return rows
+
+
+def load_problems(tokenizer, source, split, longest):
+    """The rows, with their "index" and "prompt", whose prompts have at most `longest` tokens."""
+    rows = load_rows(source, split)
+    prompts = encode_prompts(tokenizer, [row["question"] for row in rows])
+    pairs = enumerate(zip(rows, prompts))
+    problems = [row | {"index": k, "prompt": p} for k, (row, p) in pairs if len(p.ids) <= longest]
+    dropped = f"{len(rows) - len(problems)} of {len(rows)} {split} prompts are longer than the "
+    dropped += f"{longest} tokens that --max-new-tokens leaves of the model's context"
+    if not problems:
+        raise ValueError(dropped)
+    if len(problems) < len(rows):
+        print(f"dropped: {dropped}")
+    return problems
+
+
+# --- GRPO: completions, log-probabilities, advantages, loss ---------------------------------------
+
+# B = P*G completions of at most L tokens behind prompts of T, the G of a prompt in a row:
+# ids (B, T+L); attention_mask (B, T+L) bool, off for padding on the left and after the end token;
+# mask (B, L) bool, the completion with its end token; texts, B strings; angle, mean C of the prompts.
+Completions = namedtuple("Completions", "ids attention_mask mask texts angle")
+
+
+@torch.no_grad()
+def generate(model, tokenizer, prompts, config, samples=1, generator=None):
+    """Completions of P prompts: `samples` of each at config.temperature, drawn from `generator`;
+    without a generator the greedy one.
+
+    A prompt is prefilled once and its keys and values repeated; its C comes from the same pass. Of
+    the model's generation_config only the end tokens are used. FloatingPointError for a C that is
+    not finite.
+    """
+    body, head, device = model.base_model, model.get_output_embeddings(), model.device
+    ends = torch.tensor([model.generation_config.eos_token_id], device=device).flatten()
+    width = max(len(p.ids) for p in prompts)
+    ids = torch.tensor([[0] * (width - len(p.ids)) + p.ids for p in prompts], device=device)
+    spans = [[len(p.ids) - width, p.start, p.end] for p in prompts]
+    first, start, end = torch.tensor(spans, device=device).T[..., None]
+    position = torch.arange(width, device=device) + first  # counts real tokens: padding is below 0
+    mask, question = position >= 0, (position >= start) & (position < end)
+    prefill = body(ids, attention_mask=mask, position_ids=position.clamp(min=0), use_cache=True)
+    hidden, cache = prefill.last_hidden_state, prefill.past_key_values
+    include_self = config.curriculum != "angle-unbiased"
+    pair = angle_concentration(hidden, mask & (position < start), question, include_self)
+    angle = sum(pair).mean().item()
+    if not math.isfinite(angle):
+        raise FloatingPointError("the model's hidden states are not finite")
+    cache.batch_repeat_interleave(samples)
+    hidden, ids, mask = (x.repeat_interleave(samples, 0) for x in (hidden[:, -1:], ids, mask))
+    alive = torch.ones_like(mask[:, :1])
+    for _ in range(config.max_new_tokens):
+        logits = head(hidden[:, -1]).float()
+        if generator is None:
+            token = logits.argmax(-1, keepdim=True)
+        else:
+            chances = (logits / config.temperature).softmax(-1)
+            token = torch.multinomial(chances, 1, generator=generator)
+        ids, mask = torch.cat([ids, token], 1), torch.cat([mask, alive], 1)
+        alive = alive & ~torch.isin(token, ends)
+        if not alive.any():
+            break
+        step = {"position_ids": mask.sum(1, keepdim=True) - 1, "past_key_values": cache}
+        hidden = body(token, attention_mask=mask, use_cache=True, **step).last_hidden_state
+    kept = [row[keep].tolist() for row, keep in zip(ids[:, width:], mask[:, width:])]
+    texts = tokenizer.batch_decode(kept, skip_special_tokens=True)
+    return Completions(ids, mask, mask[:, width:], texts, angle)
+
+
+def completion_logprobs(model, ids, attention_mask, completion_length, temperature, chunk=1024):
+    """log pi of the last `completion_length` of T tokens: float32 (B, completion_length).
+
+    Under the temperature that sampled them. `chunk` tokens at a time, and again in the backward
+    pass: the float32 logits of all tokens, (B, T, vocabulary), would take gigabytes.
+    """
+    head, positions = model.get_output_embeddings(), (attention_mask.cumsum(1) - 1).clamp(min=0)
+
+    def logprobs(hidden, targets):
+        return -F.cross_entropy(head(hidden).float() / temperature, targets, reduction="none")
+
+    hidden = model.base_model(
+        ids, attention_mask=attention_mask, position_ids=positions, use_cache=False
+    ).last_hidden_state
+    # A token is predicted by the state before it.
+    hidden = hidden[:, -completion_length - 1 : -1].flatten(0, 1).split(chunk)
+    targets = ids[:, -completion_length:].flatten().split(chunk)
+    keep = {"use_reentrant": False, "preserve_rng_state": False}
+    parts = [checkpoint(logprobs, *part, **keep) for part in zip(hidden, targets)]
+    return torch.cat(parts).view(len(ids), completion_length)
+
+
+def group_advantages(rewards):
+    """z-scores within each group, (P, G) to (P, G); exactly 0 where all rewards are equal."""
+    if rewards.shape[1] < 2:
+        raise ValueError("a group of one has no advantage: G must be 2 or more")
+    rewards = rewards.float()
+    flat = (rewards == rewards[:, :1]).all(1, keepdim=True)
+    z = (rewards - rewards.mean(1, keepdim=True)) / rewards.std(1, keepdim=True)
+    return torch.where(flat, 0.0, z)
+
+
+def grpo_loss(logprobs, old_logprobs, advantages, mask, clip=0.2, reference_logprobs=None, kl=0.0):
+    """Clipped policy loss with an optional KL penalty: (loss, stats). advantages (B,), rest (B, L).
+
+        loss = mean over the mask of -min(r A, clamp(r, 1 - clip, 1 + clip) A) + kl k3
+        r = exp(logprobs - old_logprobs),  k3 = exp(d) - d - 1,  d = reference_logprobs - logprobs
+
+    k3 is never negative and unbiased. stats: the floats kl and clip_fraction.
+    """
+
+    def mean(x):
+        return torch.where(mask, x, 0.0).sum() / mask.sum().clamp(min=1)
+
+    ratio, advantages = torch.exp(logprobs - old_logprobs), advantages[:, None]
+    clipped = ratio.clamp(1 - clip, 1 + clip) * advantages
+    loss = mean(-torch.minimum(ratio * advantages, clipped))
+    stats = {"kl": 0.0, "clip_fraction": mean((ratio * advantages > clipped).float()).item()}
+    if reference_logprobs is not None:
+        d = reference_logprobs - logprobs
+        k3 = mean(torch.exp(d) - d - 1)
+        loss, stats["kl"] = loss + kl * k3, k3.item()
+    return loss, stats
+
+
+def grpo_update(model, reference, optimizer, completions, advantages, config):
+    """config.updates gradient steps on a batch; the loss, grad_norm and stats of the last.
+
+    Micro-batches, weighted by their tokens, add up to the gradient of the whole batch.
+    FloatingPointError, before the weights change, for a loss or gradient that is not finite.
+    """
+    ids, attention_mask, mask = completions[:3]
+    fixed = []  # for each micro-batch, log-probs of the policy that sampled, and of the reference
+
+    def logprobs_of(policy, rows):
+        batch = ids[rows], attention_mask[rows], mask.shape[1]
+        with autocast(ids.device):
+            return completion_logprobs(policy, *batch, config.temperature)
+
+    for _ in range(config.updates):
+        stats = {"loss": 0.0, "kl": 0.0, "clip_fraction": 0.0}
+        for k, rows in enumerate(torch.arange(len(ids)).split(config.micro_batch)):
+            logprobs = logprobs_of(model, rows)
+            if k == len(fixed):  # in the first update the weights are those that sampled
+                with torch.no_grad():
+                    anchor = logprobs_of(reference, rows) if config.kl else None
+                fixed.append((logprobs.detach(), anchor))
+            old, anchor = fixed[k]
+            terms = logprobs, old, advantages[rows], mask[rows], config.clip, anchor, config.kl
+            loss, part = grpo_loss(*terms)
+            share = mask[rows].sum().item() / mask.sum().item()
+            (loss * share).backward()
+            for name, value in {**part, "loss": loss.item()}.items():
+                stats[name] += share * value
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm).item()
+        if not math.isfinite(norm + stats["loss"]):
+            raise FloatingPointError(f"loss {stats['loss']}, gradient norm {norm}: not finite")
+        optimizer.step()
+        optimizer.zero_grad()  # now, so that sampling has the gradients' memory
+    return {**stats, "grad_norm": norm}
+
+
+# --- The tiny world: a data set and a chat model made in code, then loaded like any other ---------
+
+NAMES = ["Ann", "Ben", "Cid", "Dee", "Eve", "Fay", "Gus", "Hal"]
+THINGS = ["apples", "birds", "cards", "dolls", "eggs", "figs"]
+DAYS = ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday"]
+VERBS = {+1: ["gets", "finds"], -1: ["loses", "sells"]}
+TOP = 20  # numbers are 0 to TOP, a token each
+CHATML = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+
+
+def tiny_problem(rng, distractors=5):
+    """A row like GSM8K's: one to six steps, and up to `distractors` sentences about other people
+    that add length and no step, so that length and difficulty vary apart."""
+    who, *others = rng.sample(NAMES, 3)
+    thing, number = rng.choice(THINGS), rng.randint(0, TOP)
+    story, work = [f"{who} has {number} {thing}."], []
+    for day in DAYS[: rng.randint(1, len(DAYS))]:
+        amount, sign = rng.randint(1, 9), rng.choice([+1, -1])
+        sign = sign if 0 <= number + sign * amount <= TOP else -sign
+        result = number + sign * amount
+        story.append(f"On {day} {who} {rng.choice(VERBS[sign])} {amount}.")
+        work.append(f"{day}: {number} {'+-'[sign < 0]} {amount} = {result}.")
+        number = result
+    for _ in range(rng.randint(0, distractors)):
+        acts = f"{rng.choice(VERBS[+1] + VERBS[-1])} {rng.randint(1, 9)}"
+        owns = f"has {rng.randint(0, TOP)} {rng.choice(THINGS)}"
+        sentence = f"{rng.choice(others)} {rng.choice([acts, owns])}."
+        story.insert(rng.randint(1, len(story)), sentence)
+    question = " ".join([*story, f"How many {thing} does {who} have now?"])
+    return {"question": question, "answer": " ".join([*work, f"#### {number}"])}
+
+
+def tiny_tokenizer(rows):
+    """A token for each word, number and sign of the prompts; ChatML as its template."""
+    signs = tokenizers.Regex(r"\\boxed\{|[0-9]+|\w+|[^\w\s]")
+    pre = tokenizers.pre_tokenizers
+    split = pre.Sequence([pre.WhitespaceSplit(), pre.Split(signs, "isolated")])
+    texts = [message["content"] for message in build_messages("system user assistant")]
+    texts += [" ".join(row.values()) for row in rows] + [" ".join(map(str, range(TOP + 1)))]
+    words = sorted({word for text in texts for word, _ in split.pre_tokenize_str(text)})
+    ids = {
+        word: k for k, word in enumerate(["<|endoftext|>", "<|im_end|>", "<|im_start|>", *words])
+    }
+    coder = tokenizers.Tokenizer(tokenizers.models.WordLevel(ids, unk_token="<|endoftext|>"))
+    coder.pre_tokenizer = split
+    coder.add_special_tokens(["<|im_start|>"])
+    special = {"pad_token": "<|endoftext|>", "eos_token": "<|im_end|>"}
+    template = CHATML + "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=coder, **special)
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def make_tiny_world(folder, distractors=5, warmup=800, guesses=0.6, questions=2000, seed=0):
+    """Write train.jsonl, test.jsonl and a warmed-up Qwen2 of 135,000 parameters to `folder`.
+
+    The warm-up is supervised: worked solutions, and in its last quarter a share of bare guesses
+    that are off by up to the number of steps. It leaves what RL needs, a policy that can solve
+    problems and mostly does not. A folder newer than this file is kept as it is.
+    """
+    folder, rng, rows = Path(folder), random.Random(seed), {}
+    if folder.is_dir():
+        if folder.stat().st_mtime > Path(__file__).stat().st_mtime:
+            return
+        shutil.rmtree(folder)
+    print(f"making the tiny world, {folder}: its data, its model and {warmup} warm-up steps")
+    while len(rows) < questions + 1000:  # by question: none is in both splits
+        row = tiny_problem(rng, distractors)
+        rows[row["question"]] = row
+    rows = list(rows.values())
+    tokenizer, held_out = tiny_tokenizer(rows), {row["question"] for row in rows[:1000]}
+    torch.manual_seed(seed)
+    size = {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 3}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512}
+    other = {"initializer_range": 0.1, "tie_word_embeddings": True, "eos_token_id": 1}
+    other["rope_parameters"] = {"rope_type": "default", "rope_theta": 1000.0}
+    qwen2 = transformers.Qwen2Config(vocab_size=len(tokenizer), **size, **heads, **other)
+    model = transformers.Qwen2ForCausalLM(qwen2)
+    head, tail = render_template(tokenizer)
+    prefix = tokenizer(head, return_tensors="pt")["input_ids"]
+    matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
+    others = [p for n, p in model.named_parameters() if p.ndim == 1 or "embed" in n]
+    optimizers = [  # AdamW alone needs about three times the steps
+        torch.optim.Muon(matrices, lr=0.02, weight_decay=0.0),
+        torch.optim.AdamW(others, lr=3e-3, weight_decay=0.0),
+    ]
+    decay = [torch.optim.lr_scheduler.LinearLR(o, 1.0, 0.0, warmup) for o in optimizers]
+    for step in tqdm(range(warmup), desc="warm-up", unit="step", leave=False):
+        asked, told = [], []
+        while len(asked) < 16:
+            row = tiny_problem(rng, distractors)
+            work, number = row["answer"].split("#### ")
+            if step >= 0.75 * warmup and rng.random() < guesses:
+                off = rng.randint(-work.count("="), work.count("="))
+                work, number = "", min(max(int(number) + off, 0), TOP)
+            if row["question"] not in held_out:
+                asked.append(row["question"] + tail)
+                told.append(f"{asked[-1]}{work}\\boxed{{{number}}}<|im_end|>")
+        batch = tokenizer(told, padding=True, return_tensors="pt")
+        skip = torch.tensor([[len(ids)] for ids in tokenizer(asked)["input_ids"]])
+        learnt = (torch.arange(batch["input_ids"].shape[1]) >= skip) & (batch["attention_mask"] > 0)
+        labels = batch["input_ids"].masked_fill(~learnt, -100)
+        # The prefix runs once, with its gradient, for the whole batch.
+        cache = model.base_model(prefix, use_cache=True).past_key_values
+        cache.batch_repeat_interleave(len(told))
+        model(batch["input_ids"], labels=labels, past_key_values=cache).loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for each in (*optimizers, *decay):
+            each.step()
+        model.zero_grad()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(dir=folder.parent))
+    model.save_pretrained(aside)
+    tokenizer.save_pretrained(aside)
+    (aside / "test.jsonl").write_text(jsonl(rows[:1000]))
+    (aside / "train.jsonl").write_text(jsonl(rows[1000:]))
+    try:
+        aside.rename(folder)
+    except OSError:  # another process has made the same world meanwhile
+        shutil.rmtree(aside)
+
+
+# --- Train, evaluate, checkpoint ------------------------------------------------------------------
+
+
+def autocast(device):
+    """bfloat16 on a GPU that has it; the weights, gradients and updates stay float32."""
+    bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    return torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+
+
+def load_model(name, device):
+    """Model (float32, no dropout) and tokenizer, from the hub or a local folder."""
+    try:
+        # tokenizer.json as it is: AutoTokenizer swaps in its own splitting rules for some models.
+        tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(name)
+        model = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+    except Exception as error:  # the hub fails in too many ways to list
+        hint = "check the name and the network, name a local folder, or run --preset tiny"
+        raise ValueError(f"cannot load --model {name}: {hint} ({error!r:.300})") from error
+    return model.to(device).eval(), tokenizer
+
+
+def evaluate(model, tokenizer, problems, config):
+    """Greedy accuracy with its 95% Wilson interval, and the share of completions with an answer."""
+    problems = sorted(problems, key=lambda problem: len(problem["prompt"].ids))
+    texts, size = [], config.prompts_per_step * config.completions_per_prompt
+    for k in tqdm(range(0, len(problems), size), desc="evaluating", leave=False):
+        prompts = [problem["prompt"] for problem in problems[k : k + size]]
+        with autocast(model.device):
+            texts += generate(model, tokenizer, prompts, config).texts
+    n, right = len(problems), sum(reward(t, p["answer"]) for t, p in zip(texts, problems))
+    share, zz = right / n, 1.96**2 / n
+    half = 1.96 * math.sqrt(share * (1 - share) / n + zz / n / 4)
+    low, high = ((share + zz / 2 + side * half) / (1 + zz) for side in (-1, 1))
+    answered = sum(extract_answer(text) is not None for text in texts) / n
+    return {"eval_accuracy": share, "eval_low": low, "eval_high": high, "eval_format": answered}
+
+
+def spearman(x, y):
+    """Spearman's rank correlation; ties share their mean rank. None where one is constant."""
+    ranks = []
+    for values in (x, y):
+        _, inverse, counts = values.unique(return_inverse=True, return_counts=True)
+        ranks.append((counts.cumsum(0) - (counts - 1) / 2)[inverse].double())
+    rho = torch.corrcoef(torch.stack(ranks))[0, 1].item()
+    return None if math.isnan(rho) else rho
+
+
+def jsonl(rows):
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def write(path, content):
+    """Replace a file by a text, or by what torch.save makes of anything else: whole or not at all."""
+    aside = path.with_name(path.name + ".new")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside.write_text(content) if isinstance(content, str) else torch.save(content, aside)
+        aside.replace(path)
+    except Exception as error:  # a full disk is another error in each library
+        message = f"cannot write {path}: make room, then go on with --resume ({error!r:.300})"
+        raise OSError(message) from error
+
+
+def load_state(run, config):
+    """What the run's checkpoint holds; None where it was stopped before the first."""
+    path, free = run / "checkpoint" / "state.pt", ("steps", "run_dir", "resume")
+    if not path.exists():
+        return None
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        theirs = state["config"]
+    except Exception as error:  # a damaged file fails in too many ways to list
+        hint = "put a copy back, or remove it to start the run again"
+        raise ValueError(f"{path} is damaged: {hint} ({error!r:.300})") from error
+    differ = [k for k, v in asdict(config).items() if k not in free and theirs.get(k) != v]
+    if differ:
+        hint = "go on with the run's own, or start another run"
+        raise ValueError(f"{path} is of another configuration ({', '.join(differ)}): {hint}")
+    return state
+
+
+def train(config):
+    """Score, rank, train, evaluate; returns what summary.json holds.
+
+    ValueError for bad input, OSError where the run cannot be written, FloatingPointError for a loss
+    that is not finite, KeyboardInterrupt after Ctrl-C, which lets the step at hand finish.
+    """
+    began, run = time.perf_counter(), Path(config.resume or config.run_dir)
+    if not config.resume and run.exists() and any(run.iterdir()):
+        hint = f"--resume {run} goes on with it, --run-dir names another"
+        raise ValueError(f"{run} already holds a run: {hint}")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    print(f"preset {config.preset}, curriculum {config.curriculum}, seed {config.seed}, {device}")
+    if TINY_WORLD in (config.model, config.dataset):
+        make_tiny_world(TINY_WORLD)
+    model, tokenizer = load_model(config.model, device)
+    reference = copy.deepcopy(model) if config.kl else None
+    longest = getattr(model.config, "max_position_embeddings", math.inf) - config.max_new_tokens
+    problems = load_problems(tokenizer, config.dataset, "train", longest)
+    tests = load_problems(tokenizer, config.dataset, "test", longest)[: config.eval_examples]
+    if len(problems) < config.prompts_per_step:
+        least = f"--prompts-per-step {config.prompts_per_step}"
+        raise ValueError(f"{config.dataset} has {len(problems)} questions, fewer than {least}")
+    state = load_state(run, config) if config.resume else None
+    write(run / "config.json", json.dumps(asdict(config), indent=2))
+
+    clock = time.perf_counter()
+    if state:
+        scores = Scores(*state["scores"])
+    else:
+        with autocast(device):
+            scores = score_prompts(model, tokenizer, [p["question"] for p in problems], config)
+        index = [p["index"] for p in problems]
+        table = zip(index, *(column.tolist() for column in scores))
+        rows = [dict(zip(("index", *Scores._fields), row)) for row in table]
+        write(run / "scores.jsonl", jsonl(rows))
+    curriculum = make_curriculum(scores, config)
+    by_length = spearman(curriculum.order.argsort(), scores.tokens)
+    print(f"{len(problems)} questions scored and ranked in {time.perf_counter() - clock:.1f} s")
+    print(f"Spearman correlation of rank and question length: {by_length}")
+
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=0.0)
+    generator, step = torch.Generator(device).manual_seed(config.seed), 0
+    logs = {"metrics": [], "samples": []}
+    if state:
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        curriculum.load_state_dict(state["curriculum"])
+        generator.set_state(state["generator"])
+        step, logs, began = state["step"], state["logs"], began - state["seconds"]
+        print(f"going on after step {step}")
+
+    def log(name, row):
+        logs[name].append({"step": step, **row})
+        write(run / f"{name}.jsonl", jsonl(logs[name]))
+
+    stop = []
+
+    def stop_after_step(*_):
+        signal.signal(signal.SIGINT, interrupt)  # a second Ctrl-C stops at once
+        stop.append(True)
+        tqdm.write("finishing this step; Ctrl-C again stops at once")
+
+    interrupt = signal.signal(signal.SIGINT, stop_after_step)
+    size = config.completions_per_prompt
+    bar = tqdm(total=config.steps, initial=step, unit="step")
+    while config.steps:  # with --steps 0, only scores and ranks
+        last = step >= config.steps
+        if step % config.checkpoint_every == 0 or last or stop:
+            state = {"step": step, "config": asdict(config), "logs": logs, "scores": list(scores)}
+            state |= {"seconds": time.perf_counter() - began, "generator": generator.get_state()}
+            for name, part in (
+                ("model", model),
+                ("optimizer", optimizer),
+                ("curriculum", curriculum),
+            ):
+                state[name] = part.state_dict()
+            write(run / "checkpoint" / "state.pt", state)
+        if step % config.eval_every == 0 or last:
+            log("metrics", result := evaluate(model, tokenizer, tests, config))
+            tqdm.write(f"step {step}: accuracy {result['eval_accuracy']:.3f}")
+        if last or stop:
+            break
+        step, clock = step + 1, time.perf_counter()
+        batch = [problems[k] for k in curriculum.sample()]
+        with autocast(device):
+            prompts = [p["prompt"] for p in batch]
+            done = generate(model, tokenizer, prompts, config, size, generator)
+        gold = [p["answer"] for p in batch for _ in range(size)]
+        rewards = torch.tensor([reward(*pair) for pair in zip(done.texts, gold)]).view(-1, size)
+        advantages = group_advantages(rewards).flatten().to(device)
+        row = {"reward": rewards.mean().item(), "accuracy": rewards.mean().item()}
+        row |= {"angle": done.angle, "mean": curriculum.mean}
+        row |= grpo_update(model, reference, optimizer, done, advantages, config)
+        curriculum.update(row["accuracy"], done.angle)
+        tokens, seconds = done.mask.sum().item(), time.perf_counter() - clock
+        row["useful_groups"] = (rewards.amax(1) > rewards.amin(1)).float().mean().item()
+        row |= {"completion_length": tokens / len(done.ids), "seconds": seconds}
+        log("metrics", {**row, "tokens_per_second": tokens / seconds})
+        if step % config.eval_every == 0:
+            group = {"question": batch[0]["question"], "gold": batch[0]["answer"]}
+            group |= {"completions": done.texts[:size], "rewards": rewards[0].tolist()}
+            log("samples", group)
+        bar.update()
+        bar.set_postfix({k: f"{row[k]:.3g}" for k in ("accuracy", "mean", "loss")})
+    bar.close()
+    signal.signal(signal.SIGINT, interrupt)
+    if stop and step < config.steps:
+        raise KeyboardInterrupt
+    results = [row for row in logs["metrics"] if "eval_accuracy" in row] or [{}]
+    summary = {"preset": config.preset, "curriculum": config.curriculum, "seed": config.seed}
+    summary |= {"steps": step, "seconds": time.perf_counter() - began}
+    summary |= {"accuracy_before": results[0].get("eval_accuracy")}
+    summary |= {"accuracy_after": results[-1].get("eval_accuracy")}
+    summary |= {"rank_length_correlation": by_length}
+    write(run / "summary.json", json.dumps(summary, indent=2))
+    return summary
+
+
+def main(argv=None):
+    """The command line: 0 where the run ended, 2 for what it could not do, 130 after Ctrl-C."""
+    parser = transformers.HfArgumentParser(
+        Config, usage="gainrl.py [--flag value ...]", allow_abbrev=False
+    )
+    given = parser.parse_args(argv)
+    try:
+        if given.resume:
+            path = Path(given.resume, "config.json")
+            if not path.is_file():
+                raise ValueError(f"--resume {given.resume}: no run is there ({path} is missing)")
+            parser.set_defaults(**json.loads(path.read_text()))
+            given = parser.parse_args(argv)
+        config = Config(**vars(given))
+        train(config)
+    except (ValueError, OSError, FloatingPointError) as error:
+        print(f"gainrl.py: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"stopped: python gainrl.py --resume {config.run_dir} goes on", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
