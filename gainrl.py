@@ -9,14 +9,13 @@ move the Gaussian on as fast as the batch's accuracy and angle allow. The rest i
     python gainrl.py --curriculum uniform         plain GRPO; or angle-unbiased, length, shuffled
     python gainrl.py --resume runs/tiny-angle-0   go on after Ctrl-C, a crash or kill -9
 
-On purpose different from the authors' code, or from textbook GRPO:
-- C is the paper's definition, on the states that enter `lm_head`. Their code computes another thing.
-- The mean of the Gaussian stops at the last rank. Theirs runs past the data until sampling fails.
-- The loss is a mean over the tokens of the batch; the reward is 0 or 1, with no part for the format.
-- One update a batch (--updates for more): what learns is what sampled, so no ratio is clipped.
+On purpose unlike the authors' code: C is the paper's definition, on the states that enter `lm_head`;
+the Gaussian's mean stops at the last rank. Unlike textbook GRPO: the loss is a mean over the batch's
+tokens; one update a batch by default, so no ratio is clipped; the reward is 0 or 1.
 Not here: several GPUs, adapters, tasks whose answers are not a number.
 """
 
+import contextlib
 import copy
 import itertools
 import json
@@ -27,7 +26,6 @@ import re
 import shutil
 import signal
 import sys
-import tempfile
 import time
 from collections import namedtuple
 from dataclasses import asdict, dataclass, field
@@ -44,7 +42,8 @@ from tqdm import tqdm
 
 # --- Config ---------------------------------------------------------------------------------------
 
-CURRICULA = ("angle", "angle-unbiased", "length", "shuffled", "uniform")
+UNBIASED = "angle-unbiased"
+CURRICULA = ("angle", UNBIASED, "length", "shuffled", "uniform")
 PRESETS = ("gsm8k", "tiny")
 TINY_WORLD = "runs/tiny-world"
 STEP, SIGMA = 500 / 7473, 1000 / 7473  # the authors' 500 and 1000 as shares of GSM8K
@@ -120,18 +119,17 @@ def angle_concentration(hidden, prefix_mask, question_mask, include_self=True):
         C_inter = mean of cos(theta_ij) over i in the question, j in the prefix
 
     hidden: (B, T, D), any float dtype. Masks: (B, T) bool, disjoint; padding is in neither, on
-    either side. A zero vector has cosine 0 with all. Without a prefix C_inter is 0.
+    either side. A zero vector has cosine 0 with all; without a prefix C_inter is 0.
     include_self=False leaves out the i = j pairs, which add (1 - C)/L to a question of L tokens
     and so favour short ones; a question of one token then has C_intra 0.
-    Reduced in float32, as bfloat16 sums change ranks. ValueError for a row without a question
-    token and for masks that overlap.
+    ValueError for a row without a question token and for masks that overlap.
     """
-    if not question_mask.any(1).all():
-        row = question_mask.any(1).int().argmin().item()
-        raise ValueError(f"row {row} has no question token")
+    asked = question_mask.any(1)
+    if not asked.all():
+        raise ValueError(f"row {asked.int().argmin()} has no question token")
     if (prefix_mask & question_mask).any():
         raise ValueError("a token is in both prefix_mask and question_mask")
-    unit = F.normalize(hidden.float(), dim=-1)
+    unit = F.normalize(hidden.float(), dim=-1)  # float32: bfloat16 sums change ranks
     # A fill and not a product: padding may hold anything, even NaN.
     prefix = unit.masked_fill(~prefix_mask[..., None], 0).sum(1)
     unit = unit.masked_fill(~question_mask[..., None], 0)
@@ -147,14 +145,12 @@ def angle_concentration(hidden, prefix_mask, question_mask, include_self=True):
 
 @torch.no_grad()
 def score_prompts(model, tokenizer, questions, config):
-    """Scores of N questions (strings): C_intra, C_inter, their sum C (angle) and the question's
-    length in tokens, each (N,) on the CPU.
+    """Scores of N questions (strings): C_intra, C_inter, angle (their sum C) and tokens (the
+    question's length), each (N,) on the CPU. ValueError for a score that is not finite.
 
     One prefill of the transformer body, to a question's last token: no later one changes its
     states. What all prompts begin with runs once, and its keys and values serve every batch.
-    Questions of equal length share a batch, config.score_batch at most, so nothing is padded.
-    config.curriculum "angle-unbiased" leaves out the i = j pairs. ValueError for a score that is
-    not finite.
+    Questions of equal length share a batch, config.score_batch at most: nothing is padded.
     """
     prompts, device = encode_prompts(tokenizer, questions), model.device
     shared = os.path.commonprefix([prompt.ids[: prompt.start] for prompt in prompts])
@@ -172,14 +168,14 @@ def score_prompts(model, tokenizer, questions, config):
             hidden = torch.cat([prefix.last_hidden_state.expand(len(batch), -1, -1), hidden], 1)
             start = torch.tensor([[p.start] for p in batch], device=device)
             before = torch.arange(end, device=device) < start
-            include_self = config.curriculum != "angle-unbiased"
-            pair = angle_concentration(hidden, before, ~before, include_self)
+            pair = angle_concentration(hidden, before, ~before, config.curriculum != UNBIASED)
             intra[rows], inter[rows] = (c.cpu() for c in pair)
             bar.update(len(batch))
     bar.close()
-    for row, finite in enumerate(torch.isfinite(intra + inter)):
-        if not finite:
-            raise ValueError(f"question {row} has no finite score: {questions[row][:60]!r}")
+    finite = torch.isfinite(intra + inter)
+    if not finite.all():
+        row = finite.int().argmin()
+        raise ValueError(f"question {row} has no finite score: {questions[row][:60]!r}")
     tokens = torch.tensor([prompt.end - prompt.start for prompt in prompts])
     return Scores(intra, inter, intra + inter, tokens)
 
@@ -190,9 +186,9 @@ def score_prompts(model, tokenizer, questions, config):
 class GaussianCurriculum(torch.utils.data.Sampler):
     """Batches of data-set indices from a Gaussian that moves down the order of the scores.
 
-    scores: (N,), highest first in `.order`, ties by index. step and sigma are shares of N; with
-    an infinite sigma the draw is uniform. Iterating yields batches without end, as a DataLoader's
-    `batch_sampler`. ValueError for N < batch_size and for a score that is not finite.
+    scores: (N,), highest first in `.order`, ties by index. step and sigma: shares of N; with an
+    infinite sigma the draw is uniform. Iterating yields batches without end: a `batch_sampler`.
+    ValueError for N < batch_size and for a score that is not finite.
     """
 
     def __init__(
@@ -212,8 +208,6 @@ class GaussianCurriculum(torch.utils.data.Sampler):
             raise ValueError(f"score {torch.isfinite(scores).int().argmin()} is not finite")
         if not 1 <= batch_size <= len(scores):
             raise ValueError(f"no batch of {batch_size} can be drawn from {len(scores)} questions")
-        if not (step > 0 and sigma > 0):
-            raise ValueError(f"step {step} and sigma {sigma} must be above 0")
         self.order = scores.argsort(descending=True, stable=True)
         self.batch_size, self.mean = batch_size, 0.0
         self.step, self.sigma = step * len(scores), sigma * len(scores)
@@ -255,29 +249,25 @@ class GaussianCurriculum(torch.utils.data.Sampler):
         return self.mean
 
     def state_dict(self):
+        """The mean and the generator: after load_state_dict the next draws are bit-equal."""
         return {"mean": self.mean, "generator": self.generator.get_state()}
 
     def load_state_dict(self, state):
-        """Go on where state_dict() was taken: the next draws are bit-equal."""
         self.mean = state["mean"]
         self.generator.set_state(state["generator"])
 
 
 def make_curriculum(scores, config):
-    """The five arms. They differ in what is sorted, and `uniform` in a Gaussian without an end."""
+    """The five arms differ in what is sorted, and `uniform` in a Gaussian without an end."""
     chance = torch.Generator().manual_seed(config.seed)
     by = {
         "length": -scores.tokens,
         "shuffled": torch.randperm(len(scores.tokens), generator=chance),
     }
+    ranked, size = by.get(config.curriculum, scores.angle), config.prompts_per_step
     sigma = math.inf if config.curriculum == "uniform" else config.sigma
-    return GaussianCurriculum(
-        by.get(config.curriculum, scores.angle),
-        config.prompts_per_step,
-        step=config.curriculum_step,
-        sigma=sigma,
-        seed=config.seed,
-    )
+    shape = {"step": config.curriculum_step, "sigma": sigma, "seed": config.seed}
+    return GaussianCurriculum(ranked, size, **shape)
 
 
 # --- The task: GSM8K's prompts, answers and reward ------------------------------------------------
@@ -302,7 +292,7 @@ def render_template(tokenizer):
     """The texts that the chat template puts before and after a question.
 
     A template that refuses or drops the system role gets its text in the first user turn.
-    ValueError where the tokenizer has no template, no offsets, or a template that cannot be used.
+    ValueError for a tokenizer without template or offsets.
     """
     name = tokenizer.name_or_path
     if not tokenizer.is_fast:
@@ -372,9 +362,7 @@ def reward(completion, gold):
 
 def load_rows(source, split):
     """Rows of question and answer, from SOURCE/split.jsonl or the split of a hub data set.
-
-    ValueError that names the file and line of the first row that cannot be used.
-    """
+    ValueError names the file and line of the first row that cannot be used."""
     path = Path(source, f"{split}.jsonl")
     if path.is_file():
         rows = path.read_bytes().splitlines()
@@ -442,8 +430,8 @@ def generate(model, tokenizer, prompts, config, samples=1, generator=None):
     mask, question = position >= 0, (position >= start) & (position < end)
     prefill = body(ids, attention_mask=mask, position_ids=position.clamp(min=0), use_cache=True)
     hidden, cache = prefill.last_hidden_state, prefill.past_key_values
-    include_self = config.curriculum != "angle-unbiased"
-    pair = angle_concentration(hidden, mask & (position < start), question, include_self)
+    prefix = mask & (position < start)
+    pair = angle_concentration(hidden, prefix, question, config.curriculum != UNBIASED)
     angle = sum(pair).mean().item()
     if not math.isfinite(angle):
         raise FloatingPointError("the model's hidden states are not finite")
@@ -531,19 +519,14 @@ def grpo_update(model, reference, optimizer, completions, advantages, config):
     """
     ids, attention_mask, mask = completions[:3]
     fixed = []  # for each micro-batch, log-probs of the policy that sampled, and of the reference
-
-    def logprobs_of(policy, rows):
-        batch = ids[rows], attention_mask[rows], mask.shape[1]
-        with autocast(ids.device):
-            return completion_logprobs(policy, *batch, config.temperature)
-
     for _ in range(config.updates):
         stats = {"loss": 0.0, "kl": 0.0, "clip_fraction": 0.0}
         for k, rows in enumerate(torch.arange(len(ids)).split(config.micro_batch)):
-            logprobs = logprobs_of(model, rows)
+            batch = ids[rows], attention_mask[rows], mask.shape[1], config.temperature
+            logprobs = completion_logprobs(model, *batch)
             if k == len(fixed):  # in the first update the weights are those that sampled
                 with torch.no_grad():
-                    anchor = logprobs_of(reference, rows) if config.kl else None
+                    anchor = completion_logprobs(reference, *batch) if config.kl else None
                 fixed.append((logprobs.detach(), anchor))
             old, anchor = fixed[k]
             terms = logprobs, old, advantages[rows], mask[rows], config.clip, anchor, config.kl
@@ -565,9 +548,12 @@ def grpo_update(model, reference, optimizer, completions, advantages, config):
 NAMES = ["Ann", "Ben", "Cid", "Dee", "Eve", "Fay", "Gus", "Hal"]
 THINGS = ["apples", "birds", "cards", "dolls", "eggs", "figs"]
 DAYS = ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday"]
-VERBS = {+1: ["gets", "finds"], -1: ["loses", "sells"]}
+VERBS = [["loses", "sells"], ["gets", "finds"]]
 TOP = 20  # numbers are 0 to TOP, a token each
-CHATML = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 
 
 def tiny_problem(rng, distractors=5):
@@ -577,17 +563,13 @@ def tiny_problem(rng, distractors=5):
     thing, number = rng.choice(THINGS), rng.randint(0, TOP)
     story, work = [f"{who} has {number} {thing}."], []
     for day in DAYS[: rng.randint(1, len(DAYS))]:
-        amount, sign = rng.randint(1, 9), rng.choice([+1, -1])
-        sign = sign if 0 <= number + sign * amount <= TOP else -sign
-        result = number + sign * amount
-        story.append(f"On {day} {who} {rng.choice(VERBS[sign])} {amount}.")
-        work.append(f"{day}: {number} {'+-'[sign < 0]} {amount} = {result}.")
-        number = result
+        change = rng.choice([c for c in range(-9, 10) if c and 0 <= number + c <= TOP])
+        story.append(f"On {day} {who} {rng.choice(VERBS[change > 0])} {abs(change)}.")
+        work.append(f"{day}: {number} {'-+'[change > 0]} {abs(change)} = {number + change}.")
+        number += change
     for _ in range(rng.randint(0, distractors)):
-        acts = f"{rng.choice(VERBS[+1] + VERBS[-1])} {rng.randint(1, 9)}"
-        owns = f"has {rng.randint(0, TOP)} {rng.choice(THINGS)}"
-        sentence = f"{rng.choice(others)} {rng.choice([acts, owns])}."
-        story.insert(rng.randint(1, len(story)), sentence)
+        act = f"{rng.choice(others)} {rng.choice(VERBS[0] + VERBS[1])} {rng.randint(1, 9)}."
+        story.insert(rng.randint(1, len(story)), act)
     question = " ".join([*story, f"How many {thing} does {who} have now?"])
     return {"question": question, "answer": " ".join([*work, f"#### {number}"])}
 
@@ -600,20 +582,16 @@ def tiny_tokenizer(rows):
     texts = [message["content"] for message in build_messages("system user assistant")]
     texts += [" ".join(row.values()) for row in rows] + [" ".join(map(str, range(TOP + 1)))]
     words = sorted({word for text in texts for word, _ in split.pre_tokenize_str(text)})
-    ids = {
-        word: k for k, word in enumerate(["<|endoftext|>", "<|im_end|>", "<|im_start|>", *words])
-    }
+    words = ["<|endoftext|>", "<|im_end|>", "<|im_start|>", *words]
+    ids = {word: k for k, word in enumerate(words)}
     coder = tokenizers.Tokenizer(tokenizers.models.WordLevel(ids, unk_token="<|endoftext|>"))
     coder.pre_tokenizer = split
     coder.add_special_tokens(["<|im_start|>"])
-    special = {"pad_token": "<|endoftext|>", "eos_token": "<|im_end|>"}
-    template = CHATML + "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=coder, **special)
-    tokenizer.chat_template = template
-    return tokenizer
+    special = {"pad_token": "<|endoftext|>", "eos_token": "<|im_end|>", "chat_template": CHATML}
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=coder, **special)
 
 
-def make_tiny_world(folder, distractors=5, warmup=800, guesses=0.6, questions=2000, seed=0):
+def make_tiny_world(folder, distractors=5, warmup=500, guesses=0.6, questions=2000, seed=0):
     """Write train.jsonl, test.jsonl and a warmed-up Qwen2 of 135,000 parameters to `folder`.
 
     The warm-up is supervised: worked solutions, and in its last quarter a share of bare guesses
@@ -621,16 +599,15 @@ def make_tiny_world(folder, distractors=5, warmup=800, guesses=0.6, questions=20
     problems and mostly does not. A folder newer than this file is kept as it is.
     """
     folder, rng, rows = Path(folder), random.Random(seed), {}
-    if folder.is_dir():
-        if folder.stat().st_mtime > Path(__file__).stat().st_mtime:
-            return
-        shutil.rmtree(folder)
+    if folder.is_dir() and folder.stat().st_mtime > Path(__file__).stat().st_mtime:
+        return
+    shutil.rmtree(folder, ignore_errors=True)
     print(f"making the tiny world, {folder}: its data, its model and {warmup} warm-up steps")
     while len(rows) < questions + 1000:  # by question: none is in both splits
         row = tiny_problem(rng, distractors)
         rows[row["question"]] = row
-    rows = list(rows.values())
-    tokenizer, held_out = tiny_tokenizer(rows), {row["question"] for row in rows[:1000]}
+    train, test = list(rows.values())[:questions], list(rows.values())[questions:]
+    tokenizer = tiny_tokenizer(rows.values())
     torch.manual_seed(seed)
     size = {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 3}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512}
@@ -642,22 +619,18 @@ def make_tiny_world(folder, distractors=5, warmup=800, guesses=0.6, questions=20
     prefix = tokenizer(head, return_tensors="pt")["input_ids"]
     matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
     others = [p for n, p in model.named_parameters() if p.ndim == 1 or "embed" in n]
-    optimizers = [  # AdamW alone needs about three times the steps
-        torch.optim.Muon(matrices, lr=0.02, weight_decay=0.0),
-        torch.optim.AdamW(others, lr=3e-3, weight_decay=0.0),
-    ]
-    decay = [torch.optim.lr_scheduler.LinearLR(o, 1.0, 0.0, warmup) for o in optimizers]
+    muon = torch.optim.Muon(matrices, 0.02, weight_decay=0.0)  # AdamW alone takes 3x the steps
+    adamw = torch.optim.AdamW(others, 3e-3, weight_decay=0.0)
+    decay = [torch.optim.lr_scheduler.LinearLR(o, 1.0, 0.0, warmup) for o in (muon, adamw)]
     for step in tqdm(range(warmup), desc="warm-up", unit="step", leave=False):
         asked, told = [], []
-        while len(asked) < 16:
-            row = tiny_problem(rng, distractors)
+        for row in rng.sample(train, 16):
             work, number = row["answer"].split("#### ")
             if step >= 0.75 * warmup and rng.random() < guesses:
-                off = rng.randint(-work.count("="), work.count("="))
-                work, number = "", min(max(int(number) + off, 0), TOP)
-            if row["question"] not in held_out:
-                asked.append(row["question"] + tail)
-                told.append(f"{asked[-1]}{work}\\boxed{{{number}}}<|im_end|>")
+                guess = int(number) + rng.randint(-work.count("="), work.count("="))
+                work, number = "", min(max(guess, 0), TOP)
+            asked.append(row["question"] + tail)
+            told.append(f"{asked[-1]}{work}\\boxed{{{number}}}<|im_end|>")
         batch = tokenizer(told, padding=True, return_tensors="pt")
         skip = torch.tensor([[len(ids)] for ids in tokenizer(asked)["input_ids"]])
         learnt = (torch.arange(batch["input_ids"].shape[1]) >= skip) & (batch["attention_mask"] > 0)
@@ -667,32 +640,24 @@ def make_tiny_world(folder, distractors=5, warmup=800, guesses=0.6, questions=20
         cache.batch_repeat_interleave(len(told))
         model(batch["input_ids"], labels=labels, past_key_values=cache).loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for each in (*optimizers, *decay):
-            each.step()
+        for part in (muon, adamw, *decay):
+            part.step()
         model.zero_grad()
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(dir=folder.parent))
+    aside = folder.with_name(f"{folder.name}-{os.getpid()}")
     model.save_pretrained(aside)
     tokenizer.save_pretrained(aside)
-    (aside / "test.jsonl").write_text(jsonl(rows[:1000]))
-    (aside / "train.jsonl").write_text(jsonl(rows[1000:]))
-    try:
+    write(aside / "test.jsonl", test)
+    write(aside / "train.jsonl", train)
+    with contextlib.suppress(OSError):  # another process may have made the same world meanwhile
         aside.rename(folder)
-    except OSError:  # another process has made the same world meanwhile
-        shutil.rmtree(aside)
 
 
 # --- Train, evaluate, checkpoint ------------------------------------------------------------------
 
 
-def autocast(device):
-    """bfloat16 on a GPU that has it; the weights, gradients and updates stay float32."""
-    bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
-    return torch.autocast(device.type, torch.bfloat16, enabled=bf16)
-
-
 def load_model(name, device):
-    """Model (float32, no dropout) and tokenizer, from the hub or a local folder."""
+    """Model and tokenizer, from the hub or a local folder. The weights are float32, their forward
+    passes bfloat16 on a GPU that has it; no dropout, so that a policy has one probability."""
     try:
         # tokenizer.json as it is: AutoTokenizer swaps in its own splitting rules for some models.
         tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(name)
@@ -700,6 +665,9 @@ def load_model(name, device):
     except Exception as error:  # the hub fails in too many ways to list
         hint = "check the name and the network, name a local folder, or run --preset tiny"
         raise ValueError(f"cannot load --model {name}: {hint} ({error!r:.300})") from error
+    if device.type == "cuda" and torch.cuda.is_bf16_supported():
+        for part in (model.base_model, model.get_output_embeddings()):
+            part.forward = torch.autocast("cuda", torch.bfloat16)(part.forward)
     return model.to(device).eval(), tokenizer
 
 
@@ -709,8 +677,7 @@ def evaluate(model, tokenizer, problems, config):
     texts, size = [], config.prompts_per_step * config.completions_per_prompt
     for k in tqdm(range(0, len(problems), size), desc="evaluating", leave=False):
         prompts = [problem["prompt"] for problem in problems[k : k + size]]
-        with autocast(model.device):
-            texts += generate(model, tokenizer, prompts, config).texts
+        texts += generate(model, tokenizer, prompts, config).texts
     n, right = len(problems), sum(reward(t, p["answer"]) for t, p in zip(texts, problems))
     share, zz = right / n, 1.96**2 / n
     half = 1.96 * math.sqrt(share * (1 - share) / n + zz / n / 4)
@@ -720,25 +687,24 @@ def evaluate(model, tokenizer, problems, config):
 
 
 def spearman(x, y):
-    """Spearman's rank correlation; ties share their mean rank. None where one is constant."""
+    """Spearman's rank correlation, where ties share their mean rank; 0 if x or y is constant."""
     ranks = []
     for values in (x, y):
         _, inverse, counts = values.unique(return_inverse=True, return_counts=True)
         ranks.append((counts.cumsum(0) - (counts - 1) / 2)[inverse].double())
-    rho = torch.corrcoef(torch.stack(ranks))[0, 1].item()
-    return None if math.isnan(rho) else rho
-
-
-def jsonl(rows):
-    return "".join(json.dumps(row) + "\n" for row in rows)
+    return torch.corrcoef(torch.stack(ranks))[0, 1].nan_to_num().item()
 
 
 def write(path, content):
-    """Replace a file by a text, or by what torch.save makes of anything else: whole or not at all."""
+    """Replace a file, whole or not at all: a list becomes a line of JSON for each of its rows, and
+    anything else what torch.save makes of it."""
     aside = path.with_name(path.name + ".new")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        aside.write_text(content) if isinstance(content, str) else torch.save(content, aside)
+        if isinstance(content, list):
+            aside.write_text("".join(json.dumps(row) + "\n" for row in content))
+        else:
+            torch.save(content, aside)
         aside.replace(path)
     except Exception as error:  # a full disk is another error in each library
         message = f"cannot write {path}: make room, then go on with --resume ({error!r:.300})"
@@ -752,11 +718,10 @@ def load_state(run, config):
         return None
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        theirs = state["config"]
+        differ = {k for k, v in asdict(config).items() if state["config"].get(k) != v} - {*free}
     except Exception as error:  # a damaged file fails in too many ways to list
         hint = "put a copy back, or remove it to start the run again"
         raise ValueError(f"{path} is damaged: {hint} ({error!r:.300})") from error
-    differ = [k for k, v in asdict(config).items() if k not in free and theirs.get(k) != v]
     if differ:
         hint = "go on with the run's own, or start another run"
         raise ValueError(f"{path} is of another configuration ({', '.join(differ)}): {hint}")
@@ -778,7 +743,7 @@ def train(config):
     if TINY_WORLD in (config.model, config.dataset):
         make_tiny_world(TINY_WORLD)
     model, tokenizer = load_model(config.model, device)
-    reference = copy.deepcopy(model) if config.kl else None
+    reference = load_model(config.model, device)[0] if config.kl else None
     longest = getattr(model.config, "max_position_embeddings", math.inf) - config.max_new_tokens
     problems = load_problems(tokenizer, config.dataset, "train", longest)
     tests = load_problems(tokenizer, config.dataset, "test", longest)[: config.eval_examples]
@@ -786,18 +751,16 @@ def train(config):
         least = f"--prompts-per-step {config.prompts_per_step}"
         raise ValueError(f"{config.dataset} has {len(problems)} questions, fewer than {least}")
     state = load_state(run, config) if config.resume else None
-    write(run / "config.json", json.dumps(asdict(config), indent=2))
+    write(run / "config.json", [asdict(config)])
 
     clock = time.perf_counter()
     if state:
         scores = Scores(*state["scores"])
     else:
-        with autocast(device):
-            scores = score_prompts(model, tokenizer, [p["question"] for p in problems], config)
-        index = [p["index"] for p in problems]
-        table = zip(index, *(column.tolist() for column in scores))
-        rows = [dict(zip(("index", *Scores._fields), row)) for row in table]
-        write(run / "scores.jsonl", jsonl(rows))
+        scores = score_prompts(model, tokenizer, [p["question"] for p in problems], config)
+        table = zip((p["index"] for p in problems), *(column.tolist() for column in scores))
+        names = ("index", *Scores._fields)
+        write(run / "scores.jsonl", [dict(zip(names, row)) for row in table])
     curriculum = make_curriculum(scores, config)
     by_length = spearman(curriculum.order.argsort(), scores.tokens)
     print(f"{len(problems)} questions scored and ranked in {time.perf_counter() - clock:.1f} s")
@@ -805,40 +768,30 @@ def train(config):
 
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=0.0)
     generator, step = torch.Generator(device).manual_seed(config.seed), 0
+    parts = {"model": model, "optimizer": optimizer, "curriculum": curriculum}
     logs = {"metrics": [], "samples": []}
     if state:
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        curriculum.load_state_dict(state["curriculum"])
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
         generator.set_state(state["generator"])
         step, logs, began = state["step"], state["logs"], began - state["seconds"]
         print(f"going on after step {step}")
 
     def log(name, row):
         logs[name].append({"step": step, **row})
-        write(run / f"{name}.jsonl", jsonl(logs[name]))
+        write(run / f"{name}.jsonl", logs[name])
 
-    stop = []
-
-    def stop_after_step(*_):
-        signal.signal(signal.SIGINT, interrupt)  # a second Ctrl-C stops at once
-        stop.append(True)
-        tqdm.write("finishing this step; Ctrl-C again stops at once")
-
-    interrupt = signal.signal(signal.SIGINT, stop_after_step)
+    # Ctrl-C lets the step at hand finish; a second one stops at once.
+    stop, plain = [], signal.getsignal(signal.SIGINT)
+    signal.signal(signal.SIGINT, lambda *_: stop.append(signal.signal(signal.SIGINT, plain)))
     size = config.completions_per_prompt
     bar = tqdm(total=config.steps, initial=step, unit="step")
     while config.steps:  # with --steps 0, only scores and ranks
         last = step >= config.steps
         if step % config.checkpoint_every == 0 or last or stop:
-            state = {"step": step, "config": asdict(config), "logs": logs, "scores": list(scores)}
+            state = {name: part.state_dict() for name, part in parts.items()}
+            state |= {"step": step, "config": asdict(config), "logs": logs, "scores": list(scores)}
             state |= {"seconds": time.perf_counter() - began, "generator": generator.get_state()}
-            for name, part in (
-                ("model", model),
-                ("optimizer", optimizer),
-                ("curriculum", curriculum),
-            ):
-                state[name] = part.state_dict()
             write(run / "checkpoint" / "state.pt", state)
         if step % config.eval_every == 0 or last:
             log("metrics", result := evaluate(model, tokenizer, tests, config))
@@ -847,9 +800,8 @@ def train(config):
             break
         step, clock = step + 1, time.perf_counter()
         batch = [problems[k] for k in curriculum.sample()]
-        with autocast(device):
-            prompts = [p["prompt"] for p in batch]
-            done = generate(model, tokenizer, prompts, config, size, generator)
+        prompts = [p["prompt"] for p in batch]
+        done = generate(model, tokenizer, prompts, config, size, generator)
         gold = [p["answer"] for p in batch for _ in range(size)]
         rewards = torch.tensor([reward(*pair) for pair in zip(done.texts, gold)]).view(-1, size)
         advantages = group_advantages(rewards).flatten().to(device)
@@ -868,30 +820,28 @@ def train(config):
         bar.update()
         bar.set_postfix({k: f"{row[k]:.3g}" for k in ("accuracy", "mean", "loss")})
     bar.close()
-    signal.signal(signal.SIGINT, interrupt)
+    signal.signal(signal.SIGINT, plain)
     if stop and step < config.steps:
         raise KeyboardInterrupt
-    results = [row for row in logs["metrics"] if "eval_accuracy" in row] or [{}]
+    results = [row["eval_accuracy"] for row in logs["metrics"] if "eval_accuracy" in row] or [None]
     summary = {"preset": config.preset, "curriculum": config.curriculum, "seed": config.seed}
-    summary |= {"steps": step, "seconds": time.perf_counter() - began}
-    summary |= {"accuracy_before": results[0].get("eval_accuracy")}
-    summary |= {"accuracy_after": results[-1].get("eval_accuracy")}
-    summary |= {"rank_length_correlation": by_length}
-    write(run / "summary.json", json.dumps(summary, indent=2))
+    summary |= {"steps": step, "accuracy_before": results[0], "accuracy_after": results[-1]}
+    summary |= {"seconds": time.perf_counter() - began, "rank_length_correlation": by_length}
+    write(run / "summary.json", [summary])
     return summary
 
 
 def main(argv=None):
     """The command line: 0 where the run ended, 2 for what it could not do, 130 after Ctrl-C."""
-    parser = transformers.HfArgumentParser(
-        Config, usage="gainrl.py [--flag value ...]", allow_abbrev=False
-    )
+    shown = {"usage": "gainrl.py [--flag value ...]", "allow_abbrev": False}
+    parser = transformers.HfArgumentParser(Config, **shown)
+    transformers.utils.logging.disable_progress_bar()
     given = parser.parse_args(argv)
     try:
         if given.resume:
             path = Path(given.resume, "config.json")
             if not path.is_file():
-                raise ValueError(f"--resume {given.resume}: no run is there ({path} is missing)")
+                raise ValueError(f"--resume {given.resume}: no run is there, {path} is missing")
             parser.set_defaults(**json.loads(path.read_text()))
             given = parser.parse_args(argv)
         config = Config(**vars(given))
