@@ -9,10 +9,9 @@ move the Gaussian on as fast as the batch's accuracy and angle allow. The rest i
     python gainrl.py --curriculum uniform         plain GRPO; or angle-unbiased, length, shuffled
     python gainrl.py --resume runs/tiny-angle-0   go on after Ctrl-C, a crash or kill -9
 
-On purpose unlike the authors' code: C is the paper's definition, on the states that enter `lm_head`;
-the Gaussian's mean stops at the last rank. Unlike textbook GRPO: the loss is a mean over the batch's
-tokens; one update a batch by default, so no ratio is clipped; the reward is 0 or 1.
-Not here: several GPUs, adapters, tasks whose answers are not a number.
+Unlike the authors' code, C is the paper's definition, on the states that enter `lm_head`, and the
+Gaussian's mean stops at the last rank. Unlike textbook GRPO, the loss is a mean over the batch's
+tokens. Not here: several GPUs, adapters, tasks whose answers are not a number.
 """
 
 import contextlib
@@ -124,9 +123,8 @@ def angle_concentration(hidden, prefix_mask, question_mask, include_self=True):
     and so favour short ones; a question of one token then has C_intra 0.
     ValueError for a row without a question token and for masks that overlap.
     """
-    asked = question_mask.any(1)
-    if not asked.all():
-        raise ValueError(f"row {asked.int().argmin()} has no question token")
+    if len(bad := (~question_mask.any(1)).nonzero()):
+        raise ValueError(f"row {bad[0].item()} has no question token")
     if (prefix_mask & question_mask).any():
         raise ValueError("a token is in both prefix_mask and question_mask")
     unit = F.normalize(hidden.float(), dim=-1)  # float32: bfloat16 sums change ranks
@@ -172,10 +170,8 @@ def score_prompts(model, tokenizer, questions, config):
             intra[rows], inter[rows] = (c.cpu() for c in pair)
             bar.update(len(batch))
     bar.close()
-    finite = torch.isfinite(intra + inter)
-    if not finite.all():
-        row = finite.int().argmin()
-        raise ValueError(f"question {row} has no finite score: {questions[row][:60]!r}")
+    if len(bad := (~torch.isfinite(intra + inter)).nonzero()):
+        raise ValueError(f"question {bad[0].item()} has no finite score: {questions[bad[0]]:.60}")
     tokens = torch.tensor([prompt.end - prompt.start for prompt in prompts])
     return Scores(intra, inter, intra + inter, tokens)
 
@@ -192,20 +188,11 @@ class GaussianCurriculum(torch.utils.data.Sampler):
     """
 
     def __init__(
-        self,
-        scores,
-        batch_size,
-        *,
-        step=STEP,
-        sigma=SIGMA,
-        target=0.5,
-        alpha=2.0,
-        gamma=2.0,
-        seed=0,
+        self, scores, batch_size, *, step=STEP, sigma=SIGMA, target=0.5, alpha=2, gamma=2, seed=0
     ):
         scores = torch.as_tensor(scores)
-        if not torch.isfinite(scores).all():
-            raise ValueError(f"score {torch.isfinite(scores).int().argmin()} is not finite")
+        if len(bad := (~torch.isfinite(scores)).nonzero()):
+            raise ValueError(f"score {bad[0].item()} is not finite")
         if not 1 <= batch_size <= len(scores):
             raise ValueError(f"no batch of {batch_size} can be drawn from {len(scores)} questions")
         self.order = scores.argsort(descending=True, stable=True)
@@ -255,19 +242,6 @@ class GaussianCurriculum(torch.utils.data.Sampler):
     def load_state_dict(self, state):
         self.mean = state["mean"]
         self.generator.set_state(state["generator"])
-
-
-def make_curriculum(scores, config):
-    """The five arms differ in what is sorted, and `uniform` in a Gaussian without an end."""
-    chance = torch.Generator().manual_seed(config.seed)
-    by = {
-        "length": -scores.tokens,
-        "shuffled": torch.randperm(len(scores.tokens), generator=chance),
-    }
-    ranked, size = by.get(config.curriculum, scores.angle), config.prompts_per_step
-    sigma = math.inf if config.curriculum == "uniform" else config.sigma
-    shape = {"step": config.curriculum_step, "sigma": sigma, "seed": config.seed}
-    return GaussianCurriculum(ranked, size, **shape)
 
 
 # --- The task: GSM8K's prompts, answers and reward ------------------------------------------------
@@ -360,8 +334,9 @@ def reward(completion, gold):
     return float(answer is not None and answer == extract_answer(gold))
 
 
-def load_rows(source, split):
-    """Rows of question and answer, from SOURCE/split.jsonl or the split of a hub data set.
+def load_problems(tokenizer, source, split, longest):
+    """Rows of question and answer, from SOURCE/split.jsonl or the split of a hub data set, with
+    their "index" and "prompt". Prompts of more than `longest` tokens are dropped, and counted.
     ValueError names the file and line of the first row that cannot be used."""
     path = Path(source, f"{split}.jsonl")
     if path.is_file():
@@ -374,8 +349,6 @@ def load_rows(source, split):
         except Exception as error:  # the hub fails in too many ways to list
             hint = "name a local folder with --dataset, or run --preset tiny"
             raise ValueError(f"no data set {source!r}: {hint} ({error!r:.300})") from error
-    if not rows:
-        raise ValueError(f"{path} is empty: it needs rows of question and answer")
     for k, row in enumerate(rows):
         try:
             rows[k] = row = json.loads(row) if isinstance(row, bytes) else row
@@ -385,22 +358,16 @@ def load_rows(source, split):
         if not usable:
             what = "needs a question, and an answer that ends in '#### ' and one number"
             raise ValueError(f"{path}:{k + 1} {what}: {str(row)[:100]!r}")
-    return rows
-
-
-def load_problems(tokenizer, source, split, longest):
-    """The rows, with their "index" and "prompt", whose prompts have at most `longest` tokens."""
-    rows = load_rows(source, split)
-    prompts = encode_prompts(tokenizer, [row["question"] for row in rows])
-    pairs = enumerate(zip(rows, prompts))
-    problems = [row | {"index": k, "prompt": p} for k, (row, p) in pairs if len(p.ids) <= longest]
-    dropped = f"{len(rows) - len(problems)} of {len(rows)} {split} prompts are longer than the "
-    dropped += f"{longest} tokens that --max-new-tokens leaves of the model's context"
-    if not problems:
-        raise ValueError(dropped)
-    if len(problems) < len(rows):
-        print(f"dropped: {dropped}")
-    return problems
+    if not rows:
+        raise ValueError(f"{path} is empty: it needs rows of question and answer")
+    prompts = enumerate(encode_prompts(tokenizer, [row["question"] for row in rows]))
+    kept = [rows[k] | {"index": k, "prompt": p} for k, p in prompts if len(p.ids) <= longest]
+    if len(kept) < len(rows):
+        limit = f"longer than the {longest} tokens that --max-new-tokens leaves of the context"
+        print(f"{len(rows) - len(kept)} of {len(rows)} {split} prompts dropped: {limit}")
+    if not kept:
+        raise ValueError(f"every {split} prompt is {limit}")
+    return kept
 
 
 # --- GRPO: completions, log-probabilities, advantages, loss ---------------------------------------
@@ -467,9 +434,8 @@ def completion_logprobs(model, ids, attention_mask, completion_length, temperatu
     def logprobs(hidden, targets):
         return -F.cross_entropy(head(hidden).float() / temperature, targets, reduction="none")
 
-    hidden = model.base_model(
-        ids, attention_mask=attention_mask, position_ids=positions, use_cache=False
-    ).last_hidden_state
+    inputs = {"attention_mask": attention_mask, "position_ids": positions, "use_cache": False}
+    hidden = model.base_model(ids, **inputs).last_hidden_state
     # A token is predicted by the state before it.
     hidden = hidden[:, -completion_length - 1 : -1].flatten(0, 1).split(chunk)
     targets = ids[:, -completion_length:].flatten().split(chunk)
@@ -550,6 +516,7 @@ THINGS = ["apples", "birds", "cards", "dolls", "eggs", "figs"]
 DAYS = ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday"]
 VERBS = [["loses", "sells"], ["gets", "finds"]]
 TOP = 20  # numbers are 0 to TOP, a token each
+SPECIAL = ["<|endoftext|>", "<|im_end|>", "<|im_start|>"]
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -574,23 +541,6 @@ def tiny_problem(rng, distractors=5):
     return {"question": question, "answer": " ".join([*work, f"#### {number}"])}
 
 
-def tiny_tokenizer(rows):
-    """A token for each word, number and sign of the prompts; ChatML as its template."""
-    signs = tokenizers.Regex(r"\\boxed\{|[0-9]+|\w+|[^\w\s]")
-    pre = tokenizers.pre_tokenizers
-    split = pre.Sequence([pre.WhitespaceSplit(), pre.Split(signs, "isolated")])
-    texts = [message["content"] for message in build_messages("system user assistant")]
-    texts += [" ".join(row.values()) for row in rows] + [" ".join(map(str, range(TOP + 1)))]
-    words = sorted({word for text in texts for word, _ in split.pre_tokenize_str(text)})
-    words = ["<|endoftext|>", "<|im_end|>", "<|im_start|>", *words]
-    ids = {word: k for k, word in enumerate(words)}
-    coder = tokenizers.Tokenizer(tokenizers.models.WordLevel(ids, unk_token="<|endoftext|>"))
-    coder.pre_tokenizer = split
-    coder.add_special_tokens(["<|im_start|>"])
-    special = {"pad_token": "<|endoftext|>", "eos_token": "<|im_end|>", "chat_template": CHATML}
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=coder, **special)
-
-
 def make_tiny_world(folder, distractors=5, warmup=500, guesses=0.6, questions=2000, seed=0):
     """Write train.jsonl, test.jsonl and a warmed-up Qwen2 of 135,000 parameters to `folder`.
 
@@ -607,7 +557,16 @@ def make_tiny_world(folder, distractors=5, warmup=500, guesses=0.6, questions=20
         row = tiny_problem(rng, distractors)
         rows[row["question"]] = row
     train, test = list(rows.values())[:questions], list(rows.values())[questions:]
-    tokenizer = tiny_tokenizer(rows.values())
+    signs = tokenizers.Regex(r"\\boxed\{|[0-9]+|\w+|[^\w\s]")  # each a token
+    pre = tokenizers.pre_tokenizers
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel(unk_token="<|endoftext|>"))
+    words.pre_tokenizer = pre.Sequence([pre.WhitespaceSplit(), pre.Split(signs, "isolated")])
+    texts = [message["content"] for message in build_messages("system user assistant")]
+    texts += [" ".join(row.values()) for row in train] + [" ".join(map(str, range(TOP + 1)))]
+    trainer = tokenizers.trainers.WordLevelTrainer(special_tokens=SPECIAL, show_progress=False)
+    words.train_from_iterator(texts, trainer)
+    special = {"pad_token": SPECIAL[0], "eos_token": SPECIAL[1], "chat_template": CHATML}
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, **special)
     torch.manual_seed(seed)
     size = {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 3}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512}
@@ -734,7 +693,8 @@ def train(config):
     ValueError for bad input, OSError where the run cannot be written, FloatingPointError for a loss
     that is not finite, KeyboardInterrupt after Ctrl-C, which lets the step at hand finish.
     """
-    began, run = time.perf_counter(), Path(config.resume or config.run_dir)
+    began, arm = time.perf_counter(), config.curriculum
+    run = Path(config.resume or config.run_dir)
     if not config.resume and run.exists() and any(run.iterdir()):
         hint = f"--resume {run} goes on with it, --run-dir names another"
         raise ValueError(f"{run} already holds a run: {hint}")
@@ -761,7 +721,14 @@ def train(config):
         table = zip((p["index"] for p in problems), *(column.tolist() for column in scores))
         names = ("index", *Scores._fields)
         write(run / "scores.jsonl", [dict(zip(names, row)) for row in table])
-    curriculum = make_curriculum(scores, config)
+    # The arms differ in what is sorted, and `uniform` in a Gaussian without an end.
+    random_order = torch.randperm(
+        len(problems), generator=torch.Generator().manual_seed(config.seed)
+    )
+    sort_by = {"length": -scores.tokens, "shuffled": random_order}.get(arm, scores.angle)
+    shape = {"step": config.curriculum_step, "seed": config.seed}
+    shape["sigma"] = math.inf if arm == "uniform" else config.sigma
+    curriculum = GaussianCurriculum(sort_by, config.prompts_per_step, **shape)
     by_length = spearman(curriculum.order.argsort(), scores.tokens)
     print(f"{len(problems)} questions scored and ranked in {time.perf_counter() - clock:.1f} s")
     print(f"Spearman correlation of rank and question length: {by_length}")
