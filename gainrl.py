@@ -65,10 +65,8 @@ class Config:
     completions_per_prompt: int = option(8, "G, completions sampled for each question")
     updates: int = option(1, "gradient steps on each batch")
     max_new_tokens: int = option((512, 64), "longest completion, in tokens")
-    micro_batch: int = option(
-        (8, 128), "completions in a backward pass; changes memory, not results"
-    )
-    score_batch: int = option(64, "questions in a scoring pass; changes memory, not results")
+    micro_batch: int = option((8, 128), "completions in a backward pass: memory, not results")
+    score_batch: int = option(64, "questions in a scoring pass: memory, not results")
     temperature: float = option(1.0, "of sampling; evaluation is greedy")
     lr: float = option((1e-6, 1e-4), "learning rate of AdamW, constant")
     clip: float = option(0.2, "epsilon of the clipped ratio")
@@ -92,9 +90,10 @@ class Config:
                 raise ValueError(f"--{name} {getattr(self, name)}: choose from {', '.join(known)}")
         least = {"steps": 0, "seed": 0, "kl": 0, "completions_per_prompt": 2}
         for name, kind in self.__annotations__.items():
-            if isinstance(getattr(self, name), tuple):
-                setattr(self, name, getattr(self, name)[PRESETS.index(self.preset)])
             value, low = getattr(self, name), least.get(name, 1 if kind is int else 1e-12)
+            if isinstance(value, tuple):
+                value = value[PRESETS.index(self.preset)]
+                setattr(self, name, value)
             if kind is not str and not low <= value < math.inf:
                 raise ValueError(f"--{name.replace('_', '-')} {value}: must be {low} or more")
         if self.model == TINY_WORLD != self.dataset:
@@ -154,9 +153,9 @@ def score_prompts(model, tokenizer, questions, config):
     shared = os.path.commonprefix([prompt.ids[: prompt.start] for prompt in prompts])
     prefix = model.base_model(torch.tensor([shared], device=device), use_cache=True)
     intra, inter = torch.zeros(2, len(prompts))
-    bar = tqdm(total=len(prompts), desc="scoring", unit="question", leave=False)
     by_length = sorted(range(len(prompts)), key=lambda i: prompts[i].end)
-    for end, group in itertools.groupby(by_length, key=lambda i: prompts[i].end):
+    bar = tqdm(by_length, desc="scoring", unit="question", leave=False)
+    for end, group in itertools.groupby(bar, key=lambda i: prompts[i].end):
         for rows in torch.tensor(list(group)).split(config.score_batch):
             batch = [prompts[i] for i in rows]
             ids = torch.tensor([p.ids[len(shared) : end] for p in batch], device=device)
@@ -168,8 +167,6 @@ def score_prompts(model, tokenizer, questions, config):
             before = torch.arange(end, device=device) < start
             pair = angle_concentration(hidden, before, ~before, config.curriculum != UNBIASED)
             intra[rows], inter[rows] = (c.cpu() for c in pair)
-            bar.update(len(batch))
-    bar.close()
     if len(bad := (~torch.isfinite(intra + inter)).nonzero()):
         raise ValueError(f"question {bad[0].item()} has no finite score: {questions[bad[0]]:.60}")
     tokens = torch.tensor([prompt.end - prompt.start for prompt in prompts])
@@ -194,7 +191,7 @@ class GaussianCurriculum(torch.utils.data.Sampler):
         if len(bad := (~torch.isfinite(scores)).nonzero()):
             raise ValueError(f"score {bad[0].item()} is not finite")
         if not 1 <= batch_size <= len(scores):
-            raise ValueError(f"no batch of {batch_size} can be drawn from {len(scores)} questions")
+            raise ValueError(f"{len(scores)} questions are fewer than a batch of {batch_size}")
         self.order = scores.argsort(descending=True, stable=True)
         self.batch_size, self.mean = batch_size, 0.0
         self.step, self.sigma = step * len(scores), sigma * len(scores)
@@ -250,24 +247,20 @@ SYSTEM_PROMPT = "Solve the problem step by step. Write the final number as \\box
 EXAMPLE = ("What is 2+2?", "2 + 2 = 4. The answer is \\boxed{4}.")
 PLACEHOLDER = "\ue000"  # a private-use character: in no template and no question
 
-# ids[:start] is the prefix (the paper's n tokens), ids[start:end] the question; what follows is
-# the template's own, and in neither.
+# ids[:start] is the prefix (n tokens), ids[start:end] the question; the template's tail is neither.
 Prompt = namedtuple("Prompt", "ids start end")
 
 
 def build_messages(question):
     """The chat of one question: system prompt and one-shot example (the prefix), then itself."""
-    roles = ("system", "user", "assistant", "user")
-    texts = (SYSTEM_PROMPT, *EXAMPLE, question)
-    return [{"role": role, "content": text} for role, text in zip(roles, texts)]
+    chat = zip(("system", "user", "assistant", "user"), (SYSTEM_PROMPT, *EXAMPLE, question))
+    return [{"role": role, "content": text} for role, text in chat]
 
 
 def render_template(tokenizer):
-    """The texts that the chat template puts before and after a question.
-
-    A template that refuses or drops the system role gets its text in the first user turn.
-    ValueError for a tokenizer without template or offsets.
-    """
+    """The texts that the chat template puts before and after a question. A template that refuses
+    or drops the system role gets its text in the first user turn.
+    ValueError for a tokenizer without template or offsets."""
     name = tokenizer.name_or_path
     if not tokenizer.is_fast:
         raise ValueError(f"the tokenizer of {name} has no character offsets: use a fast tokenizer")
@@ -299,10 +292,9 @@ def encode_prompts(tokenizer, questions):
     head, tail = render_template(tokenizer)
     texts = [head + question.strip() + tail for question in questions]
     coded = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
-    return [
-        Prompt(ids, *question_span(offsets, len(head), len(text) - len(tail)))
-        for ids, offsets, text in zip(coded["input_ids"], coded["offset_mapping"], texts)
-    ]
+    ends = [len(text) - len(tail) for text in texts]
+    spans = (question_span(o, len(head), end) for o, end in zip(coded["offset_mapping"], ends))
+    return [Prompt(ids, *span) for ids, span in zip(coded["input_ids"], spans)]
 
 
 ANSWER = re.compile(r"\\boxed\s*\{((?:[^{}]|\{[^{}]*\})*)\}|####([^\n]*)")
@@ -311,10 +303,8 @@ NUMBER = re.compile(r"(?:-\s*)?(?:[0-9]+\.?[0-9]*|\.[0-9]+)")
 
 def extract_answer(text):
     """The number in the last `\\boxed{...}` or `#### ...`, in one canonical form, or None.
-
     "1,000", "$1000", "1000.00" and "1000." are all "1000". A box of several numbers (a fraction,
-    a range, a list) has no answer: to choose one of them would reward a guess.
-    """
+    a range, a list) has no answer: to choose one of them would reward a guess."""
     answers = ANSWER.findall(text)
     content = "".join(answers[-1]) if answers else ""
     content = content.replace("\N{MINUS SIGN}", "-").replace("{,}", ",")
@@ -347,8 +337,8 @@ def load_problems(tokenizer, source, split, longest):
         try:
             rows = list(datasets.load_dataset(source, "main", split=split))
         except Exception as error:  # the hub fails in too many ways to list
-            hint = "name a local folder with --dataset, or run --preset tiny"
-            raise ValueError(f"no data set {source!r}: {hint} ({error!r:.300})") from error
+            hint = "name a local folder, or run --preset tiny"
+            raise ValueError(f"no --dataset {source}: {hint} ({error!r:.300})") from error
     for k, row in enumerate(rows):
         try:
             rows[k] = row = json.loads(row) if isinstance(row, bytes) else row
@@ -381,12 +371,9 @@ Completions = namedtuple("Completions", "ids attention_mask mask texts angle")
 @torch.no_grad()
 def generate(model, tokenizer, prompts, config, samples=1, generator=None):
     """Completions of P prompts: `samples` of each at config.temperature, drawn from `generator`;
-    without a generator the greedy one.
-
-    A prompt is prefilled once and its keys and values repeated; its C comes from the same pass. Of
-    the model's generation_config only the end tokens are used. FloatingPointError for a C that is
-    not finite.
-    """
+    without a generator the greedy one. A prompt is prefilled once and its keys and values repeated;
+    its C comes from the same pass. Of the model's generation_config only the end tokens are used.
+    FloatingPointError for a C that is not finite."""
     body, head, device = model.base_model, model.get_output_embeddings(), model.device
     ends = torch.tensor([model.generation_config.eos_token_id], device=device).flatten()
     width = max(len(p.ids) for p in prompts)
@@ -424,11 +411,9 @@ def generate(model, tokenizer, prompts, config, samples=1, generator=None):
 
 
 def completion_logprobs(model, ids, attention_mask, completion_length, temperature, chunk=1024):
-    """log pi of the last `completion_length` of T tokens: float32 (B, completion_length).
-
-    Under the temperature that sampled them. `chunk` tokens at a time, and again in the backward
-    pass: the float32 logits of all tokens, (B, T, vocabulary), would take gigabytes.
-    """
+    """log pi of the last `completion_length` of T tokens: float32 (B, completion_length), under the
+    temperature that sampled them. `chunk` tokens at a time, and again in the backward pass: the
+    float32 logits of all tokens, (B, T, vocabulary), would take gigabytes."""
     head, positions = model.get_output_embeddings(), (attention_mask.cumsum(1) - 1).clamp(min=0)
 
     def logprobs(hidden, targets):
@@ -479,10 +464,8 @@ def grpo_loss(logprobs, old_logprobs, advantages, mask, clip=0.2, reference_logp
 
 def grpo_update(model, reference, optimizer, completions, advantages, config):
     """config.updates gradient steps on a batch; the loss, grad_norm and stats of the last.
-
     Micro-batches, weighted by their tokens, add up to the gradient of the whole batch.
-    FloatingPointError, before the weights change, for a loss or gradient that is not finite.
-    """
+    FloatingPointError, before the weights change, for a loss or gradient that is not finite."""
     ids, attention_mask, mask = completions[:3]
     fixed = []  # for each micro-batch, log-probs of the policy that sampled, and of the reference
     for _ in range(config.updates):
@@ -496,8 +479,7 @@ def grpo_update(model, reference, optimizer, completions, advantages, config):
                 fixed.append((logprobs.detach(), anchor))
             old, anchor = fixed[k]
             terms = logprobs, old, advantages[rows], mask[rows], config.clip, anchor, config.kl
-            loss, part = grpo_loss(*terms)
-            share = mask[rows].sum().item() / mask.sum().item()
+            (loss, part), share = grpo_loss(*terms), (mask[rows].sum() / mask.sum()).item()
             (loss * share).backward()
             for name, value in {**part, "loss": loss.item()}.items():
                 stats[name] += share * value
@@ -542,12 +524,10 @@ def tiny_problem(rng, distractors=5):
 
 
 def make_tiny_world(folder, distractors=5, warmup=500, guesses=0.6, questions=2000, seed=0):
-    """Write train.jsonl, test.jsonl and a warmed-up Qwen2 of 135,000 parameters to `folder`.
-
-    The warm-up is supervised: worked solutions, and in its last quarter a share of bare guesses
-    that are off by up to the number of steps. It leaves what RL needs, a policy that can solve
-    problems and mostly does not. A folder newer than this file is kept as it is.
-    """
+    """Write train.jsonl, test.jsonl and a warmed-up Qwen2 of 135,000 parameters to `folder`; one that
+    is newer than this file is kept. The warm-up is supervised: worked solutions, and in its last
+    quarter a share of bare guesses, off by up to the number of steps. It leaves what RL needs, a
+    policy that can solve problems and mostly does not."""
     folder, rng, rows = Path(folder), random.Random(seed), {}
     if folder.is_dir() and folder.stat().st_mtime > Path(__file__).stat().st_mtime:
         return
@@ -568,12 +548,14 @@ def make_tiny_world(folder, distractors=5, warmup=500, guesses=0.6, questions=20
     special = {"pad_token": SPECIAL[0], "eos_token": SPECIAL[1], "chat_template": CHATML}
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, **special)
     torch.manual_seed(seed)
-    size = {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 3}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512}
-    other = {"initializer_range": 0.1, "tie_word_embeddings": True, "eos_token_id": 1}
-    other["rope_parameters"] = {"rope_type": "default", "rope_theta": 1000.0}
-    qwen2 = transformers.Qwen2Config(vocab_size=len(tokenizer), **size, **heads, **other)
-    model = transformers.Qwen2ForCausalLM(qwen2)
+    shape = {"vocab_size": len(tokenizer), "hidden_size": 64, "intermediate_size": 160}
+    shape |= {"num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2}
+    shape |= {"max_position_embeddings": 512, "initializer_range": 0.1, "eos_token_id": 1}
+    shape |= {
+        "tie_word_embeddings": True,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e3},
+    }
+    model = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**shape))
     head, tail = render_template(tokenizer)
     prefix = tokenizer(head, return_tensors="pt")["input_ids"]
     matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
@@ -622,7 +604,7 @@ def load_model(name, device):
         tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(name)
         model = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
     except Exception as error:  # the hub fails in too many ways to list
-        hint = "check the name and the network, name a local folder, or run --preset tiny"
+        hint = "check name and network, name a local folder, or run --preset tiny"
         raise ValueError(f"cannot load --model {name}: {hint} ({error!r:.300})") from error
     if device.type == "cuda" and torch.cuda.is_bf16_supported():
         for part in (model.base_model, model.get_output_embeddings()):
@@ -655,8 +637,8 @@ def spearman(x, y):
 
 
 def write(path, content):
-    """Replace a file, whole or not at all: a list becomes a line of JSON for each of its rows, and
-    anything else what torch.save makes of it."""
+    """Replace a file, whole or not at all: by a line of JSON for each item of a list, or by what
+    torch.save makes of anything else."""
     aside = path.with_name(path.name + ".new")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -666,8 +648,7 @@ def write(path, content):
             torch.save(content, aside)
         aside.replace(path)
     except Exception as error:  # a full disk is another error in each library
-        message = f"cannot write {path}: make room, then go on with --resume ({error!r:.300})"
-        raise OSError(message) from error
+        raise OSError(f"cannot write {path}: make room, then --resume ({error!r:.300})") from error
 
 
 def load_state(run, config):
@@ -682,24 +663,20 @@ def load_state(run, config):
         hint = "put a copy back, or remove it to start the run again"
         raise ValueError(f"{path} is damaged: {hint} ({error!r:.300})") from error
     if differ:
-        hint = "go on with the run's own, or start another run"
-        raise ValueError(f"{path} is of another configuration ({', '.join(differ)}): {hint}")
+        raise ValueError(f"{path} is of another configuration: {', '.join(sorted(differ))}")
     return state
 
 
 def train(config):
-    """Score, rank, train, evaluate; returns what summary.json holds.
-
-    ValueError for bad input, OSError where the run cannot be written, FloatingPointError for a loss
-    that is not finite, KeyboardInterrupt after Ctrl-C, which lets the step at hand finish.
-    """
-    began, arm = time.perf_counter(), config.curriculum
+    """Score, rank, train, evaluate; returns what summary.json holds. ValueError for bad input, OSError
+    where the run cannot be written, FloatingPointError for a loss that is not finite,
+    KeyboardInterrupt after Ctrl-C, which lets the step at hand finish."""
+    began, arm, size = time.perf_counter(), config.curriculum, config.completions_per_prompt
     run = Path(config.resume or config.run_dir)
     if not config.resume and run.exists() and any(run.iterdir()):
-        hint = f"--resume {run} goes on with it, --run-dir names another"
-        raise ValueError(f"{run} already holds a run: {hint}")
+        raise ValueError(f"{run} holds a run: go on with --resume {run}, or name another --run-dir")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    print(f"preset {config.preset}, curriculum {config.curriculum}, seed {config.seed}, {device}")
+    print(f"preset {config.preset}, curriculum {arm}, seed {config.seed}, on {device}")
     if TINY_WORLD in (config.model, config.dataset):
         make_tiny_world(TINY_WORLD)
     model, tokenizer = load_model(config.model, device)
@@ -708,8 +685,7 @@ def train(config):
     problems = load_problems(tokenizer, config.dataset, "train", longest)
     tests = load_problems(tokenizer, config.dataset, "test", longest)[: config.eval_examples]
     if len(problems) < config.prompts_per_step:
-        least = f"--prompts-per-step {config.prompts_per_step}"
-        raise ValueError(f"{config.dataset} has {len(problems)} questions, fewer than {least}")
+        raise ValueError(f"{len(problems)} questions: fewer than --prompts-per-step asks for")
     state = load_state(run, config) if config.resume else None
     write(run / "config.json", [asdict(config)])
 
@@ -722,16 +698,17 @@ def train(config):
         names = ("index", *Scores._fields)
         write(run / "scores.jsonl", [dict(zip(names, row)) for row in table])
     # The arms differ in what is sorted, and `uniform` in a Gaussian without an end.
-    random_order = torch.randperm(
-        len(problems), generator=torch.Generator().manual_seed(config.seed)
-    )
-    sort_by = {"length": -scores.tokens, "shuffled": random_order}.get(arm, scores.angle)
+    chance = torch.randperm(len(problems), generator=torch.Generator().manual_seed(config.seed))
+    sort_by = {"length": -scores.tokens, "shuffled": chance}.get(arm, scores.angle)
     shape = {"step": config.curriculum_step, "seed": config.seed}
     shape["sigma"] = math.inf if arm == "uniform" else config.sigma
     curriculum = GaussianCurriculum(sort_by, config.prompts_per_step, **shape)
     by_length = spearman(curriculum.order.argsort(), scores.tokens)
-    print(f"{len(problems)} questions scored and ranked in {time.perf_counter() - clock:.1f} s")
-    print(f"Spearman correlation of rank and question length: {by_length}")
+    print(
+        f"scored and ranked {len(problems)} questions in {time.perf_counter() - clock:.1f} s;",
+        end="",
+    )
+    print(f" Spearman correlation of rank and question length {by_length:.2f}")
 
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=0.0)
     generator, step = torch.Generator(device).manual_seed(config.seed), 0
@@ -751,7 +728,6 @@ def train(config):
     # Ctrl-C lets the step at hand finish; a second one stops at once.
     stop, plain = [], signal.getsignal(signal.SIGINT)
     signal.signal(signal.SIGINT, lambda *_: stop.append(signal.signal(signal.SIGINT, plain)))
-    size = config.completions_per_prompt
     bar = tqdm(total=config.steps, initial=step, unit="step")
     while config.steps:  # with --steps 0, only scores and ranks
         last = step >= config.steps
@@ -767,19 +743,22 @@ def train(config):
             break
         step, clock = step + 1, time.perf_counter()
         batch = [problems[k] for k in curriculum.sample()]
-        prompts = [p["prompt"] for p in batch]
-        done = generate(model, tokenizer, prompts, config, size, generator)
+        done = generate(model, tokenizer, [p["prompt"] for p in batch], config, size, generator)
         gold = [p["answer"] for p in batch for _ in range(size)]
         rewards = torch.tensor([reward(*pair) for pair in zip(done.texts, gold)]).view(-1, size)
         advantages = group_advantages(rewards).flatten().to(device)
-        row = {"reward": rewards.mean().item(), "accuracy": rewards.mean().item()}
-        row |= {"angle": done.angle, "mean": curriculum.mean}
+        tokens, accuracy = done.mask.sum().item(), rewards.mean().item()
+        row = {
+            "reward": accuracy,
+            "accuracy": accuracy,
+            "angle": done.angle,
+            "mean": curriculum.mean,
+        }
         row |= grpo_update(model, reference, optimizer, done, advantages, config)
-        curriculum.update(row["accuracy"], done.angle)
-        tokens, seconds = done.mask.sum().item(), time.perf_counter() - clock
+        curriculum.update(accuracy, done.angle)
         row["useful_groups"] = (rewards.amax(1) > rewards.amin(1)).float().mean().item()
-        row |= {"completion_length": tokens / len(done.ids), "seconds": seconds}
-        log("metrics", {**row, "tokens_per_second": tokens / seconds})
+        row |= {"completion_length": tokens / len(done.ids), "seconds": time.perf_counter() - clock}
+        log("metrics", row | {"tokens_per_second": tokens / row["seconds"]})
         if step % config.eval_every == 0:
             group = {"question": batch[0]["question"], "gold": batch[0]["answer"]}
             group |= {"completions": done.texts[:size], "rewards": rewards[0].tolist()}
