@@ -14,9 +14,7 @@ Gaussian's mean stops at the last rank. Unlike textbook GRPO, the loss is a mean
 tokens. Not here: several GPUs, adapters, tasks whose answers are not a number.
 """
 
-import contextlib
 import copy
-import itertools
 import json
 import math
 import os
@@ -40,11 +38,11 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 # --- Config ---------------------------------------------------------------------------------------
-
 UNBIASED = "angle-unbiased"
 CURRICULA = ("angle", UNBIASED, "length", "shuffled", "uniform")
 PRESETS = ("gsm8k", "tiny")
 TINY_WORLD = "runs/tiny-world"
+RESULT = "greedy accuracy {eval_accuracy:.3f} (95% {eval_low:.3f} to {eval_high:.3f})"
 STEP, SIGMA = 500 / 7473, 1000 / 7473  # the authors' 500 and 1000 as shares of GSM8K
 
 
@@ -120,8 +118,7 @@ def angle_concentration(hidden, prefix_mask, question_mask, include_self=True):
     either side. A zero vector has cosine 0 with all; without a prefix C_inter is 0.
     include_self=False leaves out the i = j pairs, which add (1 - C)/L to a question of L tokens
     and so favour short ones; a question of one token then has C_intra 0.
-    ValueError for a row without a question token and for masks that overlap.
-    """
+    ValueError for a row without a question token and for masks that overlap."""
     if len(bad := (~question_mask.any(1)).nonzero()):
         raise ValueError(f"row {bad[0].item()} has no question token")
     if (prefix_mask & question_mask).any():
@@ -147,16 +144,14 @@ def score_prompts(model, tokenizer, questions, config):
 
     One prefill of the transformer body, to a question's last token: no later one changes its
     states. What all prompts begin with runs once, and its keys and values serve every batch.
-    Questions of equal length share a batch, config.score_batch at most: nothing is padded.
-    """
+    Questions of equal length share a batch, config.score_batch at most: nothing is padded."""
     prompts, device = encode_prompts(tokenizer, questions), model.device
     shared = os.path.commonprefix([prompt.ids[: prompt.start] for prompt in prompts])
     prefix = model.base_model(torch.tensor([shared], device=device), use_cache=True)
     intra, inter = torch.zeros(2, len(prompts))
-    by_length = sorted(range(len(prompts)), key=lambda i: prompts[i].end)
-    bar = tqdm(by_length, desc="scoring", unit="question", leave=False)
-    for end, group in itertools.groupby(bar, key=lambda i: prompts[i].end):
-        for rows in torch.tensor(list(group)).split(config.score_batch):
+    for end in tqdm(sorted({p.end for p in prompts}), desc="scoring", unit="length", leave=False):
+        alike = torch.tensor([i for i, p in enumerate(prompts) if p.end == end])
+        for rows in alike.split(config.score_batch):
             batch = [prompts[i] for i in rows]
             ids = torch.tensor([p.ids[len(shared) : end] for p in batch], device=device)
             cache = copy.deepcopy(prefix.past_key_values)
@@ -174,15 +169,12 @@ def score_prompts(model, tokenizer, questions, config):
 
 
 # --- The curriculum (paper, section 4) ------------------------------------------------------------
-
-
 class GaussianCurriculum(torch.utils.data.Sampler):
     """Batches of data-set indices from a Gaussian that moves down the order of the scores.
 
     scores: (N,), highest first in `.order`, ties by index. step and sigma: shares of N; with an
     infinite sigma the draw is uniform. Iterating yields batches without end: a `batch_sampler`.
-    ValueError for N < batch_size and for a score that is not finite.
-    """
+    ValueError for N < batch_size and for a score that is not finite."""
 
     def __init__(
         self, scores, batch_size, *, step=STEP, sigma=SIGMA, target=0.5, alpha=2, gamma=2, seed=0
@@ -242,7 +234,6 @@ class GaussianCurriculum(torch.utils.data.Sampler):
 
 
 # --- The task: GSM8K's prompts, answers and reward ------------------------------------------------
-
 SYSTEM_PROMPT = "Solve the problem step by step. Write the final number as \\boxed{number}."
 EXAMPLE = ("What is 2+2?", "2 + 2 = 4. The answer is \\boxed{4}.")
 PLACEHOLDER = "\ue000"  # a private-use character: in no template and no question
@@ -361,7 +352,6 @@ def load_problems(tokenizer, source, split, longest):
 
 
 # --- GRPO: completions, log-probabilities, advantages, loss ---------------------------------------
-
 # B = P*G completions of at most L tokens behind prompts of T, the G of a prompt in a row:
 # ids (B, T+L); attention_mask (B, T+L) bool, off for padding on the left and after the end token;
 # mask (B, L) bool, the completion with its end token; texts, B strings; angle, mean C of the prompts.
@@ -445,8 +435,7 @@ def grpo_loss(logprobs, old_logprobs, advantages, mask, clip=0.2, reference_logp
         loss = mean over the mask of -min(r A, clamp(r, 1 - clip, 1 + clip) A) + kl k3
         r = exp(logprobs - old_logprobs),  k3 = exp(d) - d - 1,  d = reference_logprobs - logprobs
 
-    k3 is never negative and unbiased. stats: the floats kl and clip_fraction.
-    """
+    k3 is never negative and unbiased. stats: the floats kl and clip_fraction."""
 
     def mean(x):
         return torch.where(mask, x, 0.0).sum() / mask.sum().clamp(min=1)
@@ -492,7 +481,6 @@ def grpo_update(model, reference, optimizer, completions, advantages, config):
 
 
 # --- The tiny world: a data set and a chat model made in code, then loaded like any other ---------
-
 NAMES = ["Ann", "Ben", "Cid", "Dee", "Eve", "Fay", "Gus", "Hal"]
 THINGS = ["apples", "birds", "cards", "dolls", "eggs", "figs"]
 DAYS = ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday"]
@@ -523,7 +511,7 @@ def tiny_problem(rng, distractors=5):
     return {"question": question, "answer": " ".join([*work, f"#### {number}"])}
 
 
-def make_tiny_world(folder, distractors=5, warmup=500, guesses=0.6, questions=2000, seed=0):
+def make_tiny_world(folder, distractors=5, warmup=800, guesses=0.6, questions=2000, seed=0):
     """Write train.jsonl, test.jsonl and a warmed-up Qwen2 of 135,000 parameters to `folder`; one that
     is newer than this file is kept. The warm-up is supervised: worked solutions, and in its last
     quarter a share of bare guesses, off by up to the number of steps. It leaves what RL needs, a
@@ -557,7 +545,6 @@ def make_tiny_world(folder, distractors=5, warmup=500, guesses=0.6, questions=20
     }
     model = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**shape))
     head, tail = render_template(tokenizer)
-    prefix = tokenizer(head, return_tensors="pt")["input_ids"]
     matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
     others = [p for n, p in model.named_parameters() if p.ndim == 1 or "embed" in n]
     muon = torch.optim.Muon(matrices, 0.02, weight_decay=0.0)  # AdamW alone takes 3x the steps
@@ -570,16 +557,12 @@ def make_tiny_world(folder, distractors=5, warmup=500, guesses=0.6, questions=20
             if step >= 0.75 * warmup and rng.random() < guesses:
                 guess = int(number) + rng.randint(-work.count("="), work.count("="))
                 work, number = "", min(max(guess, 0), TOP)
-            asked.append(row["question"] + tail)
+            asked.append(head + row["question"] + tail)
             told.append(f"{asked[-1]}{work}\\boxed{{{number}}}<|im_end|>")
         batch = tokenizer(told, padding=True, return_tensors="pt")
-        skip = torch.tensor([[len(ids)] for ids in tokenizer(asked)["input_ids"]])
-        learnt = (torch.arange(batch["input_ids"].shape[1]) >= skip) & (batch["attention_mask"] > 0)
-        labels = batch["input_ids"].masked_fill(~learnt, -100)
-        # The prefix runs once, with its gradient, for the whole batch.
-        cache = model.base_model(prefix, use_cache=True).past_key_values
-        cache.batch_repeat_interleave(len(told))
-        model(batch["input_ids"], labels=labels, past_key_values=cache).loss.backward()
+        learnt = torch.tensor([[len(ids)] for ids in tokenizer(asked)["input_ids"]])
+        learnt = (batch["attention_mask"].cumsum(1) > learnt) & (batch["attention_mask"] > 0)
+        model(**batch, labels=batch["input_ids"].where(learnt, -100)).loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for part in (muon, adamw, *decay):
             part.step()
@@ -589,13 +572,11 @@ def make_tiny_world(folder, distractors=5, warmup=500, guesses=0.6, questions=20
     tokenizer.save_pretrained(aside)
     write(aside / "test.jsonl", test)
     write(aside / "train.jsonl", train)
-    with contextlib.suppress(OSError):  # another process may have made the same world meanwhile
+    if not folder.is_dir():  # another process may have made the same world meanwhile
         aside.rename(folder)
 
 
 # --- Train, evaluate, checkpoint ------------------------------------------------------------------
-
-
 def load_model(name, device):
     """Model and tokenizer, from the hub or a local folder. The weights are float32, their forward
     passes bfloat16 on a GPU that has it; no dropout, so that a policy has one probability."""
@@ -704,12 +685,8 @@ def train(config):
     shape["sigma"] = math.inf if arm == "uniform" else config.sigma
     curriculum = GaussianCurriculum(sort_by, config.prompts_per_step, **shape)
     by_length = spearman(curriculum.order.argsort(), scores.tokens)
-    print(
-        f"scored and ranked {len(problems)} questions in {time.perf_counter() - clock:.1f} s;",
-        end="",
-    )
-    print(f" Spearman correlation of rank and question length {by_length:.2f}")
-
+    took = f"{len(problems)} questions scored and ranked in {time.perf_counter() - clock:.1f} s"
+    print(f"{took}; Spearman correlation of rank and question length {by_length:.2f}")
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=0.0)
     generator, step = torch.Generator(device).manual_seed(config.seed), 0
     parts = {"model": model, "optimizer": optimizer, "curriculum": curriculum}
@@ -738,7 +715,7 @@ def train(config):
             write(run / "checkpoint" / "state.pt", state)
         if step % config.eval_every == 0 or last:
             log("metrics", result := evaluate(model, tokenizer, tests, config))
-            tqdm.write(f"step {step}: accuracy {result['eval_accuracy']:.3f}")
+            tqdm.write(f"step {step}: {RESULT.format(**result)}")
         if last or stop:
             break
         step, clock = step + 1, time.perf_counter()
@@ -748,30 +725,28 @@ def train(config):
         rewards = torch.tensor([reward(*pair) for pair in zip(done.texts, gold)]).view(-1, size)
         advantages = group_advantages(rewards).flatten().to(device)
         tokens, accuracy = done.mask.sum().item(), rewards.mean().item()
-        row = {
-            "reward": accuracy,
-            "accuracy": accuracy,
-            "angle": done.angle,
-            "mean": curriculum.mean,
-        }
+        row = {"reward": accuracy, "accuracy": accuracy, "angle": done.angle}
         row |= grpo_update(model, reference, optimizer, done, advantages, config)
-        curriculum.update(accuracy, done.angle)
+        row |= {"mean": curriculum.mean, "completion_length": tokens / len(done.ids)}
         row["useful_groups"] = (rewards.amax(1) > rewards.amin(1)).float().mean().item()
-        row |= {"completion_length": tokens / len(done.ids), "seconds": time.perf_counter() - clock}
+        row["seconds"] = time.perf_counter() - clock
+        curriculum.update(accuracy, done.angle)
         log("metrics", row | {"tokens_per_second": tokens / row["seconds"]})
         if step % config.eval_every == 0:
-            group = {"question": batch[0]["question"], "gold": batch[0]["answer"]}
-            group |= {"completions": done.texts[:size], "rewards": rewards[0].tolist()}
-            log("samples", group)
+            tried = [*zip(done.texts[:size], rewards[0].tolist())]
+            log("samples", {"question": batch[0]["question"], "completions": tried})
         bar.update()
-        bar.set_postfix({k: f"{row[k]:.3g}" for k in ("accuracy", "mean", "loss")})
+        bar.set_postfix(accuracy=accuracy, mean=curriculum.mean, loss=row["loss"])
     bar.close()
     signal.signal(signal.SIGINT, plain)
     if stop and step < config.steps:
         raise KeyboardInterrupt
-    results = [row["eval_accuracy"] for row in logs["metrics"] if "eval_accuracy" in row] or [None]
+    results = [row for row in logs["metrics"] if "eval_accuracy" in row]
+    for when, row in zip(("before", "after"), results[:1] + results[-1:]):
+        print(f"{when:7}{row['step']:5} steps: {RESULT.format(**row)}")
+    before, after = (results[k]["eval_accuracy"] if results else None for k in (0, -1))
     summary = {"preset": config.preset, "curriculum": config.curriculum, "seed": config.seed}
-    summary |= {"steps": step, "accuracy_before": results[0], "accuracy_after": results[-1]}
+    summary |= {"steps": step, "accuracy_before": before, "accuracy_after": after}
     summary |= {"seconds": time.perf_counter() - began, "rank_length_correlation": by_length}
     write(run / "summary.json", [summary])
     return summary
@@ -779,16 +754,13 @@ def train(config):
 
 def main(argv=None):
     """The command line: 0 where the run ended, 2 for what it could not do, 130 after Ctrl-C."""
-    shown = {"usage": "gainrl.py [--flag value ...]", "allow_abbrev": False}
-    parser = transformers.HfArgumentParser(Config, **shown)
+    usage = "gainrl.py [--flag value ...]"
+    parser = transformers.HfArgumentParser(Config, usage=usage, allow_abbrev=False)
     transformers.utils.logging.disable_progress_bar()
     given = parser.parse_args(argv)
     try:
         if given.resume:
-            path = Path(given.resume, "config.json")
-            if not path.is_file():
-                raise ValueError(f"--resume {given.resume}: no run is there, {path} is missing")
-            parser.set_defaults(**json.loads(path.read_text()))
+            parser.set_defaults(**json.loads(Path(given.resume, "config.json").read_text()))
             given = parser.parse_args(argv)
         config = Config(**vars(given))
         train(config)
