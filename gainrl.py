@@ -110,19 +110,15 @@ Scores = namedtuple("Scores", "intra inter angle tokens")
 
 def angle_concentration(hidden, prefix_mask, question_mask, include_self=True):
     """C_intra and C_inter of the paper (section 3): two float32 tensors (B,), within [-1, 1].
-
         C_intra = mean of cos(theta_ij) over i, j in the question
         C_inter = mean of cos(theta_ij) over i in the question, j in the prefix
-
     hidden: (B, T, D), any float dtype. Masks: (B, T) bool, disjoint; padding is in neither, on
     either side. A zero vector has cosine 0 with all; without a prefix C_inter is 0.
     include_self=False leaves out the i = j pairs, which add (1 - C)/L to a question of L tokens
     and so favour short ones; a question of one token then has C_intra 0.
-    ValueError for a row without a question token and for masks that overlap."""
+    ValueError names a row without a question token."""
     if len(bad := (~question_mask.any(1)).nonzero()):
         raise ValueError(f"row {bad[0].item()} has no question token")
-    if (prefix_mask & question_mask).any():
-        raise ValueError("a token is in both prefix_mask and question_mask")
     unit = F.normalize(hidden.float(), dim=-1)  # float32: bfloat16 sums change ranks
     # A fill and not a product: padding may hold anything, even NaN.
     prefix = unit.masked_fill(~prefix_mask[..., None], 0).sum(1)
@@ -140,8 +136,7 @@ def angle_concentration(hidden, prefix_mask, question_mask, include_self=True):
 @torch.no_grad()
 def score_prompts(model, tokenizer, questions, config):
     """Scores of N questions (strings): C_intra, C_inter, angle (their sum C) and tokens (the
-    question's length), each (N,) on the CPU. ValueError for a score that is not finite.
-
+    question's length), each (N,) on the CPU. ValueError names a question whose score is not finite.
     One prefill of the transformer body, to a question's last token: no later one changes its
     states. What all prompts begin with runs once, and its keys and values serve every batch.
     Questions of equal length share a batch, config.score_batch at most: nothing is padded."""
@@ -171,7 +166,6 @@ def score_prompts(model, tokenizer, questions, config):
 # --- The curriculum (paper, section 4) ------------------------------------------------------------
 class GaussianCurriculum(torch.utils.data.Sampler):
     """Batches of data-set indices from a Gaussian that moves down the order of the scores.
-
     scores: (N,), highest first in `.order`, ties by index. step and sigma: shares of N; with an
     infinite sigma the draw is uniform. Iterating yields batches without end: a `batch_sampler`.
     ValueError for N < batch_size and for a score that is not finite."""
@@ -211,9 +205,7 @@ class GaussianCurriculum(torch.utils.data.Sampler):
 
     def update(self, accuracy, angle):
         """Move the mean by the accuracy (0 to 1) and the mean C of the batch just trained on.
-
             mu <- mu + n S(alpha (accuracy - target)) + n S(gamma angle),   S(z) = 2 sigmoid(2z) - 1
-
         Never backwards, as in the authors' code; never past the last position, unlike it.
         Returns the new mean. ValueError for NaN and for an accuracy outside [0, 1].
         """
@@ -320,16 +312,13 @@ def load_problems(tokenizer, source, split, longest):
     their "index" and "prompt". Prompts of more than `longest` tokens are dropped, and counted.
     ValueError names the file and line of the first row that cannot be used."""
     path = Path(source, f"{split}.jsonl")
-    if path.is_file():
-        rows = path.read_bytes().splitlines()
-    elif Path(source).is_dir():
-        raise ValueError(f"{path} is missing: --dataset needs train.jsonl and test.jsonl")
-    else:
-        try:
-            rows = list(datasets.load_dataset(source, "main", split=split))
-        except Exception as error:  # the hub fails in too many ways to list
-            hint = "name a local folder, or run --preset tiny"
-            raise ValueError(f"no --dataset {source}: {hint} ({error!r:.300})") from error
+    try:
+        local = Path(source).is_dir()
+        rows = path.read_bytes().splitlines() if local else None
+        rows = rows if local else list(datasets.load_dataset(source, "main", split=split))
+    except Exception as error:  # the hub fails in too many ways to list
+        hint = "--dataset needs a folder with train.jsonl and test.jsonl, or a name on the hub"
+        raise ValueError(f"cannot read {path}: {hint} ({error!r:.300})") from error
     for k, row in enumerate(rows):
         try:
             rows[k] = row = json.loads(row) if isinstance(row, bytes) else row
@@ -343,11 +332,12 @@ def load_problems(tokenizer, source, split, longest):
         raise ValueError(f"{path} is empty: it needs rows of question and answer")
     prompts = enumerate(encode_prompts(tokenizer, [row["question"] for row in rows]))
     kept = [rows[k] | {"index": k, "prompt": p} for k, p in prompts if len(p.ids) <= longest]
-    if len(kept) < len(rows):
-        limit = f"longer than the {longest} tokens that --max-new-tokens leaves of the context"
-        print(f"{len(rows) - len(kept)} of {len(rows)} {split} prompts dropped: {limit}")
+    dropped = f"{len(rows) - len(kept)} of {len(rows)} {split} prompts have more tokens than the "
+    dropped += f"{longest} that --max-new-tokens leaves of the model's context"
     if not kept:
-        raise ValueError(f"every {split} prompt is {limit}")
+        raise ValueError(dropped)
+    if len(kept) < len(rows):
+        print(f"dropped: {dropped}")
     return kept
 
 
@@ -383,12 +373,10 @@ def generate(model, tokenizer, prompts, config, samples=1, generator=None):
     hidden, ids, mask = (x.repeat_interleave(samples, 0) for x in (hidden[:, -1:], ids, mask))
     alive = torch.ones_like(mask[:, :1])
     for _ in range(config.max_new_tokens):
-        logits = head(hidden[:, -1]).float()
-        if generator is None:
-            token = logits.argmax(-1, keepdim=True)
-        else:
-            chances = (logits / config.temperature).softmax(-1)
-            token = torch.multinomial(chances, 1, generator=generator)
+        chances = (head(hidden[:, -1]).float() / config.temperature).softmax(-1)
+        token = (
+            chances.multinomial(1, generator=generator) if generator else chances.argmax(1, True)
+        )
         ids, mask = torch.cat([ids, token], 1), torch.cat([mask, alive], 1)
         alive = alive & ~torch.isin(token, ends)
         if not alive.any():
@@ -409,13 +397,12 @@ def completion_logprobs(model, ids, attention_mask, completion_length, temperatu
     def logprobs(hidden, targets):
         return -F.cross_entropy(head(hidden).float() / temperature, targets, reduction="none")
 
-    inputs = {"attention_mask": attention_mask, "position_ids": positions, "use_cache": False}
-    hidden = model.base_model(ids, **inputs).last_hidden_state
+    output = model.base_model(ids, attention_mask=attention_mask, position_ids=positions)
+    hidden = output.last_hidden_state
     # A token is predicted by the state before it.
     hidden = hidden[:, -completion_length - 1 : -1].flatten(0, 1).split(chunk)
     targets = ids[:, -completion_length:].flatten().split(chunk)
-    keep = {"use_reentrant": False, "preserve_rng_state": False}
-    parts = [checkpoint(logprobs, *part, **keep) for part in zip(hidden, targets)]
+    parts = [checkpoint(logprobs, *part, use_reentrant=False) for part in zip(hidden, targets)]
     return torch.cat(parts).view(len(ids), completion_length)
 
 
@@ -431,10 +418,8 @@ def group_advantages(rewards):
 
 def grpo_loss(logprobs, old_logprobs, advantages, mask, clip=0.2, reference_logprobs=None, kl=0.0):
     """Clipped policy loss with an optional KL penalty: (loss, stats). advantages (B,), rest (B, L).
-
         loss = mean over the mask of -min(r A, clamp(r, 1 - clip, 1 + clip) A) + kl k3
         r = exp(logprobs - old_logprobs),  k3 = exp(d) - d - 1,  d = reference_logprobs - logprobs
-
     k3 is never negative and unbiased. stats: the floats kl and clip_fraction."""
 
     def mean(x):
@@ -505,8 +490,8 @@ def tiny_problem(rng, distractors=5):
         work.append(f"{day}: {number} {'-+'[change > 0]} {abs(change)} = {number + change}.")
         number += change
     for _ in range(rng.randint(0, distractors)):
-        act = f"{rng.choice(others)} {rng.choice(VERBS[0] + VERBS[1])} {rng.randint(1, 9)}."
-        story.insert(rng.randint(1, len(story)), act)
+        owns = f"{rng.choice(others)} has {rng.randint(0, TOP)} {rng.choice(THINGS)}."
+        story.insert(rng.randint(1, len(story)), owns)
     question = " ".join([*story, f"How many {thing} does {who} have now?"])
     return {"question": question, "answer": " ".join([*work, f"#### {number}"])}
 
@@ -539,10 +524,8 @@ def make_tiny_world(folder, distractors=5, warmup=800, guesses=0.6, questions=20
     shape = {"vocab_size": len(tokenizer), "hidden_size": 64, "intermediate_size": 160}
     shape |= {"num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2}
     shape |= {"max_position_embeddings": 512, "initializer_range": 0.1, "eos_token_id": 1}
-    shape |= {
-        "tie_word_embeddings": True,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1e3},
-    }
+    shape["tie_word_embeddings"] = True
+    shape["rope_parameters"] = {"rope_type": "default", "rope_theta": 1000.0}
     model = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**shape))
     head, tail = render_template(tokenizer)
     matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
@@ -632,22 +615,6 @@ def write(path, content):
         raise OSError(f"cannot write {path}: make room, then --resume ({error!r:.300})") from error
 
 
-def load_state(run, config):
-    """What the run's checkpoint holds; None where it was stopped before the first."""
-    path, free = run / "checkpoint" / "state.pt", ("steps", "run_dir", "resume")
-    if not path.exists():
-        return None
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        differ = {k for k, v in asdict(config).items() if state["config"].get(k) != v} - {*free}
-    except Exception as error:  # a damaged file fails in too many ways to list
-        hint = "put a copy back, or remove it to start the run again"
-        raise ValueError(f"{path} is damaged: {hint} ({error!r:.300})") from error
-    if differ:
-        raise ValueError(f"{path} is of another configuration: {', '.join(sorted(differ))}")
-    return state
-
-
 def train(config):
     """Score, rank, train, evaluate; returns what summary.json holds. ValueError for bad input, OSError
     where the run cannot be written, FloatingPointError for a loss that is not finite,
@@ -667,9 +634,17 @@ def train(config):
     tests = load_problems(tokenizer, config.dataset, "test", longest)[: config.eval_examples]
     if len(problems) < config.prompts_per_step:
         raise ValueError(f"{len(problems)} questions: fewer than --prompts-per-step asks for")
-    state = load_state(run, config) if config.resume else None
+    state, path = None, run / "checkpoint" / "state.pt"
+    if config.resume and path.exists():  # otherwise it was stopped before its first checkpoint
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            differ = {k for k, v in asdict(config).items() if state["config"].get(k) != v}
+        except Exception as error:  # a damaged file fails in too many ways to list
+            hint = "put a copy back, or remove it to start the run again"
+            raise ValueError(f"{path} is damaged: {hint} ({error!r:.300})") from error
+        if differ := differ - {"steps", "run_dir", "resume"}:
+            raise ValueError(f"{path} is of another configuration: {', '.join(sorted(differ))}")
     write(run / "config.json", [asdict(config)])
-
     clock = time.perf_counter()
     if state:
         scores = Scores(*state["scores"])
@@ -712,7 +687,7 @@ def train(config):
             state = {name: part.state_dict() for name, part in parts.items()}
             state |= {"step": step, "config": asdict(config), "logs": logs, "scores": list(scores)}
             state |= {"seconds": time.perf_counter() - began, "generator": generator.get_state()}
-            write(run / "checkpoint" / "state.pt", state)
+            write(path, state)
         if step % config.eval_every == 0 or last:
             log("metrics", result := evaluate(model, tokenizer, tests, config))
             tqdm.write(f"step {step}: {RESULT.format(**result)}")
