@@ -20,7 +20,6 @@ import math
 import os
 import random
 import re
-import shutil
 import signal
 import sys
 import time
@@ -69,7 +68,6 @@ class Config:
     lr: float = option((1e-6, 1e-4), "learning rate of AdamW, constant")
     clip: float = option(0.2, "epsilon of the clipped ratio")
     kl: float = option((0.001, 0.0), "weight of the KL term; 0 keeps no reference model in memory")
-    max_grad_norm: float = option(1.0, "a longer gradient is scaled down to this norm")
     sigma: float = option(SIGMA, "width of the Gaussian, as a share of the data set")
     curriculum_step: float = option(STEP, "n, the unit of the mean's step, as a share likewise")
     seed: int = option(0, "of the draws and the sampling")
@@ -100,11 +98,8 @@ class Config:
 
 
 # --- The signal: angle concentration (paper, section 3) -------------------------------------------
-#
-# For Y = XW with token rows x_i and upstream gradients g_i = dL/dy_i,
-#     |dL/dW|_F^2 = sum_ij (x_i . x_j)(g_i . g_j) = sum_ij |x_i||x_j| cos(theta_ij) (g_i . g_j).
+# For Y = XW with token rows x_i and upstream gradients g_i, |dL/dW|_F^2 = sum_ij (x_i.x_j)(g_i.g_j).
 # Layer norms fix |x_i|, so what a prompt itself adds to its gradient is the angles of its tokens.
-
 Scores = namedtuple("Scores", "intra inter angle tokens")
 
 
@@ -112,8 +107,8 @@ def angle_concentration(hidden, prefix_mask, question_mask, include_self=True):
     """C_intra and C_inter of the paper (section 3): two float32 tensors (B,), within [-1, 1].
         C_intra = mean of cos(theta_ij) over i, j in the question
         C_inter = mean of cos(theta_ij) over i in the question, j in the prefix
-    hidden: (B, T, D), any float dtype. Masks: (B, T) bool, disjoint; padding is in neither, on
-    either side. A zero vector has cosine 0 with all; without a prefix C_inter is 0.
+    hidden: (B, T, D), any float dtype. Masks: (B, T) bool, disjoint; padding, on either side, is in
+    neither. A zero vector has cosine 0 with all; without a prefix C_inter is 0.
     include_self=False leaves out the i = j pairs, which add (1 - C)/L to a question of L tokens
     and so favour short ones; a question of one token then has C_intra 0.
     ValueError names a row without a question token."""
@@ -241,9 +236,8 @@ def build_messages(question):
 
 
 def render_template(tokenizer):
-    """The texts that the chat template puts before and after a question. A template that refuses
-    or drops the system role gets its text in the first user turn.
-    ValueError for a tokenizer without template or offsets."""
+    """The texts before and after a question. A template that refuses or drops the system role gets
+    its text in the first user turn. ValueError for a tokenizer without template or offsets."""
     name = tokenizer.name_or_path
     if not tokenizer.is_fast:
         raise ValueError(f"the tokenizer of {name} has no character offsets: use a fast tokenizer")
@@ -308,9 +302,8 @@ def reward(completion, gold):
 
 
 def load_problems(tokenizer, source, split, longest):
-    """Rows of question and answer, from SOURCE/split.jsonl or the split of a hub data set, with
-    their "index" and "prompt". Prompts of more than `longest` tokens are dropped, and counted.
-    ValueError names the file and line of the first row that cannot be used."""
+    """Rows of question and answer of SOURCE/split.jsonl or a hub data set, with their "index" and
+    "prompt", if it has at most `longest` tokens. ValueError names file and line of a bad row."""
     path = Path(source, f"{split}.jsonl")
     try:
         local = Path(source).is_dir()
@@ -332,10 +325,9 @@ def load_problems(tokenizer, source, split, longest):
         raise ValueError(f"{path} is empty: it needs rows of question and answer")
     prompts = enumerate(encode_prompts(tokenizer, [row["question"] for row in rows]))
     kept = [rows[k] | {"index": k, "prompt": p} for k, p in prompts if len(p.ids) <= longest]
-    dropped = f"{len(rows) - len(kept)} of {len(rows)} {split} prompts have more tokens than the "
-    dropped += f"{longest} that --max-new-tokens leaves of the model's context"
+    dropped = f"{len(rows) - len(kept)} of {len(rows)} {split} prompts do not fit into the context"
     if not kept:
-        raise ValueError(dropped)
+        raise ValueError(f"{dropped}: lower --max-new-tokens, or name a --model with a longer one")
     if len(kept) < len(rows):
         print(f"dropped: {dropped}")
     return kept
@@ -355,7 +347,8 @@ def generate(model, tokenizer, prompts, config, samples=1, generator=None):
     its C comes from the same pass. Of the model's generation_config only the end tokens are used.
     FloatingPointError for a C that is not finite."""
     body, head, device = model.base_model, model.get_output_embeddings(), model.device
-    ends = torch.tensor([model.generation_config.eos_token_id], device=device).flatten()
+    ends = model.generation_config.eos_token_id
+    ends = torch.tensor([tokenizer.eos_token_id if ends is None else ends], device=device).flatten()
     width = max(len(p.ids) for p in prompts)
     ids = torch.tensor([[0] * (width - len(p.ids)) + p.ids for p in prompts], device=device)
     spans = [[len(p.ids) - width, p.start, p.end] for p in prompts]
@@ -373,10 +366,8 @@ def generate(model, tokenizer, prompts, config, samples=1, generator=None):
     hidden, ids, mask = (x.repeat_interleave(samples, 0) for x in (hidden[:, -1:], ids, mask))
     alive = torch.ones_like(mask[:, :1])
     for _ in range(config.max_new_tokens):
-        chances = (head(hidden[:, -1]).float() / config.temperature).softmax(-1)
-        token = (
-            chances.multinomial(1, generator=generator) if generator else chances.argmax(1, True)
-        )
+        p = (head(hidden[:, -1]).float() / config.temperature).softmax(-1)
+        token = p.multinomial(1, generator=generator) if generator else p.argmax(1, keepdim=True)
         ids, mask = torch.cat([ids, token], 1), torch.cat([mask, alive], 1)
         alive = alive & ~torch.isin(token, ends)
         if not alive.any():
@@ -397,10 +388,10 @@ def completion_logprobs(model, ids, attention_mask, completion_length, temperatu
     def logprobs(hidden, targets):
         return -F.cross_entropy(head(hidden).float() / temperature, targets, reduction="none")
 
-    output = model.base_model(ids, attention_mask=attention_mask, position_ids=positions)
-    hidden = output.last_hidden_state
-    # A token is predicted by the state before it.
-    hidden = hidden[:, -completion_length - 1 : -1].flatten(0, 1).split(chunk)
+    inputs = {"attention_mask": attention_mask, "position_ids": positions, "use_cache": False}
+    hidden = model.base_model(ids, **inputs).last_hidden_state
+    hidden = hidden[:, -completion_length - 1 : -1]  # a token is predicted by the state before it
+    hidden = hidden.flatten(0, 1).split(chunk)
     targets = ids[:, -completion_length:].flatten().split(chunk)
     parts = [checkpoint(logprobs, *part, use_reentrant=False) for part in zip(hidden, targets)]
     return torch.cat(parts).view(len(ids), completion_length)
@@ -441,25 +432,26 @@ def grpo_update(model, reference, optimizer, completions, advantages, config):
     Micro-batches, weighted by their tokens, add up to the gradient of the whole batch.
     FloatingPointError, before the weights change, for a loss or gradient that is not finite."""
     ids, attention_mask, mask = completions[:3]
-    fixed = []  # for each micro-batch, log-probs of the policy that sampled, and of the reference
+    old = []  # for each micro-batch, log-probs of the policy that sampled
     for _ in range(config.updates):
         stats = {"loss": 0.0, "kl": 0.0, "clip_fraction": 0.0}
         for k, rows in enumerate(torch.arange(len(ids)).split(config.micro_batch)):
             batch = ids[rows], attention_mask[rows], mask.shape[1], config.temperature
             logprobs = completion_logprobs(model, *batch)
-            if k == len(fixed):  # in the first update the weights are those that sampled
-                with torch.no_grad():
-                    anchor = completion_logprobs(reference, *batch) if config.kl else None
-                fixed.append((logprobs.detach(), anchor))
-            old, anchor = fixed[k]
-            terms = logprobs, old, advantages[rows], mask[rows], config.clip, anchor, config.kl
+            with torch.no_grad():
+                anchor = completion_logprobs(reference, *batch) if config.kl else None
+            if k == len(old):  # in the first update the weights are those that sampled
+                old.append(logprobs.detach())
+            terms = logprobs, old[k], advantages[rows], mask[rows], config.clip, anchor, config.kl
             (loss, part), share = grpo_loss(*terms), (mask[rows].sum() / mask.sum()).item()
             (loss * share).backward()
             for name, value in {**part, "loss": loss.item()}.items():
                 stats[name] += share * value
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm).item()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
         if not math.isfinite(norm + stats["loss"]):
-            raise FloatingPointError(f"loss {stats['loss']}, gradient norm {norm}: not finite")
+            raise FloatingPointError(
+                f"loss {stats['loss']} or gradient {norm} not finite: lower --lr"
+            )
         optimizer.step()
         optimizer.zero_grad()  # now, so that sampling has the gradients' memory
     return {**stats, "grad_norm": norm}
@@ -472,10 +464,8 @@ DAYS = ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday"]
 VERBS = [["loses", "sells"], ["gets", "finds"]]
 TOP = 20  # numbers are 0 to TOP, a token each
 SPECIAL = ["<|endoftext|>", "<|im_end|>", "<|im_start|>"]
-CHATML = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
+TURN = "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
+CHATML = "{% for m in messages %}" + TURN + "{% endfor %}<|im_start|>assistant\n"
 
 
 def tiny_problem(rng, distractors=5):
@@ -497,14 +487,12 @@ def tiny_problem(rng, distractors=5):
 
 
 def make_tiny_world(folder, distractors=5, warmup=800, guesses=0.6, questions=2000, seed=0):
-    """Write train.jsonl, test.jsonl and a warmed-up Qwen2 of 135,000 parameters to `folder`; one that
-    is newer than this file is kept. The warm-up is supervised: worked solutions, and in its last
-    quarter a share of bare guesses, off by up to the number of steps. It leaves what RL needs, a
-    policy that can solve problems and mostly does not."""
+    """Write train.jsonl, test.jsonl and a warmed-up Qwen2 of 135,000 parameters to `folder`, if it is
+    not there. The warm-up is supervised: worked solutions, and in its last quarter a share of bare
+    guesses, which leaves what RL needs: a policy that can solve problems and mostly does not."""
     folder, rng, rows = Path(folder), random.Random(seed), {}
-    if folder.is_dir() and folder.stat().st_mtime > Path(__file__).stat().st_mtime:
+    if folder.is_dir():
         return
-    shutil.rmtree(folder, ignore_errors=True)
     print(f"making the tiny world, {folder}: its data, its model and {warmup} warm-up steps")
     while len(rows) < questions + 1000:  # by question: none is in both splits
         row = tiny_problem(rng, distractors)
@@ -518,8 +506,8 @@ def make_tiny_world(folder, distractors=5, warmup=800, guesses=0.6, questions=20
     texts += [" ".join(row.values()) for row in train] + [" ".join(map(str, range(TOP + 1)))]
     trainer = tokenizers.trainers.WordLevelTrainer(special_tokens=SPECIAL, show_progress=False)
     words.train_from_iterator(texts, trainer)
-    special = {"pad_token": SPECIAL[0], "eos_token": SPECIAL[1], "chat_template": CHATML}
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, **special)
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, eos_token=SPECIAL[1])
+    tokenizer.pad_token, tokenizer.chat_template = SPECIAL[0], CHATML
     torch.manual_seed(seed)
     shape = {"vocab_size": len(tokenizer), "hidden_size": 64, "intermediate_size": 160}
     shape |= {"num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2}
@@ -593,16 +581,15 @@ def evaluate(model, tokenizer, problems, config):
 
 def spearman(x, y):
     """Spearman's rank correlation, where ties share their mean rank; 0 if x or y is constant."""
-    ranks = []
-    for values in (x, y):
-        _, inverse, counts = values.unique(return_inverse=True, return_counts=True)
-        ranks.append((counts.cumsum(0) - (counts - 1) / 2)[inverse].double())
-    return torch.corrcoef(torch.stack(ranks))[0, 1].nan_to_num().item()
+    ranks = [
+        torch.searchsorted(v.msort(), v) + torch.searchsorted(v.msort(), v, right=True)
+        for v in (x, y)
+    ]
+    return torch.corrcoef(torch.stack(ranks).double())[0, 1].nan_to_num().item()
 
 
 def write(path, content):
-    """Replace a file, whole or not at all: by a line of JSON for each item of a list, or by what
-    torch.save makes of anything else."""
+    """Replace a file, whole or not at all: a list by JSON lines, anything else by torch.save."""
     aside = path.with_name(path.name + ".new")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -617,8 +604,7 @@ def write(path, content):
 
 def train(config):
     """Score, rank, train, evaluate; returns what summary.json holds. ValueError for bad input, OSError
-    where the run cannot be written, FloatingPointError for a loss that is not finite,
-    KeyboardInterrupt after Ctrl-C, which lets the step at hand finish."""
+    for a failed write, FloatingPointError for a loss not finite, KeyboardInterrupt after Ctrl-C."""
     began, arm, size = time.perf_counter(), config.curriculum, config.completions_per_prompt
     run = Path(config.resume or config.run_dir)
     if not config.resume and run.exists() and any(run.iterdir()):
@@ -651,8 +637,8 @@ def train(config):
     else:
         scores = score_prompts(model, tokenizer, [p["question"] for p in problems], config)
         table = zip((p["index"] for p in problems), *(column.tolist() for column in scores))
-        names = ("index", *Scores._fields)
-        write(run / "scores.jsonl", [dict(zip(names, row)) for row in table])
+        rows = [dict(zip(("index", *Scores._fields), row)) for row in table]
+        write(run / "scores.jsonl", rows)
     # The arms differ in what is sorted, and `uniform` in a Gaussian without an end.
     chance = torch.randperm(len(problems), generator=torch.Generator().manual_seed(config.seed))
     sort_by = {"length": -scores.tokens, "shuffled": chance}.get(arm, scores.angle)
@@ -728,9 +714,8 @@ def train(config):
 
 
 def main(argv=None):
-    """The command line: 0 where the run ended, 2 for what it could not do, 130 after Ctrl-C."""
-    usage = "gainrl.py [--flag value ...]"
-    parser = transformers.HfArgumentParser(Config, usage=usage, allow_abbrev=False)
+    """The command line; its status is 2 for what could not be done, and 130 after Ctrl-C."""
+    parser = transformers.HfArgumentParser(Config, usage="gainrl.py [options]", allow_abbrev=False)
     transformers.utils.logging.disable_progress_bar()
     given = parser.parse_args(argv)
     try:
@@ -743,9 +728,11 @@ def main(argv=None):
         print(f"gainrl.py: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"stopped: python gainrl.py --resume {config.run_dir} goes on", file=sys.stderr)
+        print(
+            f"stopped: python gainrl.py --resume {config.resume or config.run_dir} goes on",
+            file=sys.stderr,
+        )
         return 130
-    return 0
 
 
 if __name__ == "__main__":
