@@ -172,7 +172,7 @@ class GaussianCurriculum(torch.utils.data.Sampler):
         if len(bad := (~torch.isfinite(scores)).nonzero()):
             raise ValueError(f"score {bad[0].item()} is not finite")
         if not 1 <= batch_size <= len(scores):
-            raise ValueError(f"{len(scores)} questions are fewer than a batch of {batch_size}")
+            raise ValueError(f"{len(scores)} questions are too few for batches of {batch_size}")
         self.order = scores.argsort(descending=True, stable=True)
         self.batch_size, self.mean = batch_size, 0.0
         self.step, self.sigma = step * len(scores), sigma * len(scores)
@@ -188,8 +188,7 @@ class GaussianCurriculum(torch.utils.data.Sampler):
         return self.log_density().softmax(0)
 
     def sample(self):
-        """batch_size distinct indices, always a full batch, by Gumbel top-k: the k largest of
-        log p + Gumbel noise are k draws without replacement."""
+        """batch_size distinct indices, by Gumbel top-k: the largest of log p + Gumbel noise."""
         noise = torch.empty(len(self.order), dtype=torch.float64)
         gumbel = -noise.exponential_(generator=self.generator).log()
         return self.order[(self.log_density() + gumbel).topk(self.batch_size).indices].tolist()
@@ -200,19 +199,16 @@ class GaussianCurriculum(torch.utils.data.Sampler):
 
     def update(self, accuracy, angle):
         """Move the mean by the accuracy (0 to 1) and the mean C of the batch just trained on.
-            mu <- mu + n S(alpha (accuracy - target)) + n S(gamma angle),   S(z) = 2 sigmoid(2z) - 1
-        Never backwards, as in the authors' code; never past the last position, unlike it.
-        Returns the new mean. ValueError for NaN and for an accuracy outside [0, 1].
-        """
+            mu <- mu + n S(alpha (accuracy - target)) + n S(gamma angle),  S(z) = 2 sigmoid(2z) - 1,
+        where S(z) = tanh z. Never backwards, as in the authors' code; never past the last position,
+        unlike it. Returns the mean. ValueError for NaN and for an accuracy outside [0, 1]."""
         if not (0 <= accuracy <= 1 and math.isfinite(angle)):
             raise ValueError(f"accuracy {accuracy} must be in [0, 1] and angle {angle} finite")
-        # S(z) is tanh(z), which does not overflow.
         move = math.tanh(self.alpha * (accuracy - self.target)) + math.tanh(self.gamma * angle)
         self.mean = min(self.mean + self.step * max(move, 0.0), len(self.order) - 1.0)
         return self.mean
 
     def state_dict(self):
-        """The mean and the generator: after load_state_dict the next draws are bit-equal."""
         return {"mean": self.mean, "generator": self.generator.get_state()}
 
     def load_state_dict(self, state):
@@ -239,10 +235,9 @@ def render_template(tokenizer):
     """The texts before and after a question. A template that refuses or drops the system role gets
     its text in the first user turn. ValueError for a tokenizer without template or offsets."""
     name = tokenizer.name_or_path
-    if not tokenizer.is_fast:
-        raise ValueError(f"the tokenizer of {name} has no character offsets: use a fast tokenizer")
-    if not tokenizer.chat_template:
-        raise ValueError(f"the tokenizer of {name} has no chat template: use an instruct model")
+    if not (tokenizer.is_fast and tokenizer.chat_template):
+        lacks = "chat template: use an instruct model" if tokenizer.is_fast else "character offsets"
+        raise ValueError(f"the tokenizer of {name} has no {lacks}")
     system, user, *rest = build_messages(PLACEHOLDER)
     merged = {"role": "user", "content": f"{SYSTEM_PROMPT}\n\n{user['content']}"}
     for chat in ([system, user, *rest], [merged, *rest]):
@@ -297,8 +292,7 @@ def extract_answer(text):
 
 def reward(completion, gold):
     """1.0 if the completion's answer is the gold one (the data set's `answer` field), else 0.0."""
-    answer = extract_answer(completion)
-    return float(answer is not None and answer == extract_answer(gold))
+    return float(extract_answer(completion) in {extract_answer(gold)} - {None})
 
 
 def load_problems(tokenizer, source, split, longest):
@@ -312,7 +306,7 @@ def load_problems(tokenizer, source, split, longest):
     except Exception as error:  # the hub fails in too many ways to list
         hint = "--dataset needs a folder with train.jsonl and test.jsonl, or a name on the hub"
         raise ValueError(f"cannot read {path}: {hint} ({error!r:.300})") from error
-    for k, row in enumerate(rows):
+    for k, row in enumerate(rows or [None]):
         try:
             rows[k] = row = json.loads(row) if isinstance(row, bytes) else row
             usable = row["question"].strip() and extract_answer(row["answer"])
@@ -321,8 +315,6 @@ def load_problems(tokenizer, source, split, longest):
         if not usable:
             what = "needs a question, and an answer that ends in '#### ' and one number"
             raise ValueError(f"{path}:{k + 1} {what}: {str(row)[:100]!r}")
-    if not rows:
-        raise ValueError(f"{path} is empty: it needs rows of question and answer")
     prompts = enumerate(encode_prompts(tokenizer, [row["question"] for row in rows]))
     kept = [rows[k] | {"index": k, "prompt": p} for k, p in prompts if len(p.ids) <= longest]
     dropped = f"{len(rows) - len(kept)} of {len(rows)} {split} prompts do not fit into the context"
@@ -334,9 +326,8 @@ def load_problems(tokenizer, source, split, longest):
 
 
 # --- GRPO: completions, log-probabilities, advantages, loss ---------------------------------------
-# B = P*G completions of at most L tokens behind prompts of T, the G of a prompt in a row:
-# ids (B, T+L); attention_mask (B, T+L) bool, off for padding on the left and after the end token;
-# mask (B, L) bool, the completion with its end token; texts, B strings; angle, mean C of the prompts.
+# B = P*G completions of up to L tokens after prompts of T: ids and attention_mask (B, T+L), mask (B, L)
+# of the completion with its end token, B texts, and the mean C of the prompts as angle.
 Completions = namedtuple("Completions", "ids attention_mask mask texts angle")
 
 
@@ -390,8 +381,8 @@ def completion_logprobs(model, ids, attention_mask, completion_length, temperatu
 
     inputs = {"attention_mask": attention_mask, "position_ids": positions, "use_cache": False}
     hidden = model.base_model(ids, **inputs).last_hidden_state
-    hidden = hidden[:, -completion_length - 1 : -1]  # a token is predicted by the state before it
-    hidden = hidden.flatten(0, 1).split(chunk)
+    # A token is predicted by the state before it.
+    hidden = hidden[:, -completion_length - 1 : -1].flatten(0, 1).split(chunk)
     targets = ids[:, -completion_length:].flatten().split(chunk)
     parts = [checkpoint(logprobs, *part, use_reentrant=False) for part in zip(hidden, targets)]
     return torch.cat(parts).view(len(ids), completion_length)
@@ -486,7 +477,7 @@ def tiny_problem(rng, distractors=5):
     return {"question": question, "answer": " ".join([*work, f"#### {number}"])}
 
 
-def make_tiny_world(folder, distractors=5, warmup=800, guesses=0.6, questions=2000, seed=0):
+def make_tiny_world(folder, distractors=5, warmup=700, guesses=0.6, questions=2000, seed=0):
     """Write train.jsonl, test.jsonl and a warmed-up Qwen2 of 135,000 parameters to `folder`, if it is
     not there. The warm-up is supervised: worked solutions, and in its last quarter a share of bare
     guesses, which leaves what RL needs: a policy that can solve problems and mostly does not."""
@@ -523,7 +514,7 @@ def make_tiny_world(folder, distractors=5, warmup=800, guesses=0.6, questions=20
     decay = [torch.optim.lr_scheduler.LinearLR(o, 1.0, 0.0, warmup) for o in (muon, adamw)]
     for step in tqdm(range(warmup), desc="warm-up", unit="step", leave=False):
         asked, told = [], []
-        for row in rng.sample(train, 16):
+        for row in rng.sample(train, 24):
             work, number = row["answer"].split("#### ")
             if step >= 0.75 * warmup and rng.random() < guesses:
                 guess = int(number) + rng.randint(-work.count("="), work.count("="))
@@ -566,7 +557,6 @@ def load_model(name, device):
 
 def evaluate(model, tokenizer, problems, config):
     """Greedy accuracy with its 95% Wilson interval, and the share of completions with an answer."""
-    problems = sorted(problems, key=lambda problem: len(problem["prompt"].ids))
     texts, size = [], config.prompts_per_step * config.completions_per_prompt
     for k in tqdm(range(0, len(problems), size), desc="evaluating", leave=False):
         prompts = [problem["prompt"] for problem in problems[k : k + size]]
@@ -581,10 +571,8 @@ def evaluate(model, tokenizer, problems, config):
 
 def spearman(x, y):
     """Spearman's rank correlation, where ties share their mean rank; 0 if x or y is constant."""
-    ranks = [
-        torch.searchsorted(v.msort(), v) + torch.searchsorted(v.msort(), v, right=True)
-        for v in (x, y)
-    ]
+    find = torch.searchsorted
+    ranks = [find(v.msort(), v) + find(v.msort(), v, right=True) for v in (x, y)]
     return torch.corrcoef(torch.stack(ranks).double())[0, 1].nan_to_num().item()
 
 
@@ -618,8 +606,6 @@ def train(config):
     longest = getattr(model.config, "max_position_embeddings", math.inf) - config.max_new_tokens
     problems = load_problems(tokenizer, config.dataset, "train", longest)
     tests = load_problems(tokenizer, config.dataset, "test", longest)[: config.eval_examples]
-    if len(problems) < config.prompts_per_step:
-        raise ValueError(f"{len(problems)} questions: fewer than --prompts-per-step asks for")
     state, path = None, run / "checkpoint" / "state.pt"
     if config.resume and path.exists():  # otherwise it was stopped before its first checkpoint
         try:
@@ -630,21 +616,19 @@ def train(config):
             raise ValueError(f"{path} is damaged: {hint} ({error!r:.300})") from error
         if differ := differ - {"steps", "run_dir", "resume"}:
             raise ValueError(f"{path} is of another configuration: {', '.join(sorted(differ))}")
-    write(run / "config.json", [asdict(config)])
     clock = time.perf_counter()
-    if state:
-        scores = Scores(*state["scores"])
-    else:
-        scores = score_prompts(model, tokenizer, [p["question"] for p in problems], config)
-        table = zip((p["index"] for p in problems), *(column.tolist() for column in scores))
-        rows = [dict(zip(("index", *Scores._fields), row)) for row in table]
-        write(run / "scores.jsonl", rows)
+    asked = [problem["question"] for problem in problems]
+    known = Scores(*state["scores"]) if state else None
+    scores = known or score_prompts(model, tokenizer, asked, config)
     # The arms differ in what is sorted, and `uniform` in a Gaussian without an end.
     chance = torch.randperm(len(problems), generator=torch.Generator().manual_seed(config.seed))
     sort_by = {"length": -scores.tokens, "shuffled": chance}.get(arm, scores.angle)
     shape = {"step": config.curriculum_step, "seed": config.seed}
     shape["sigma"] = math.inf if arm == "uniform" else config.sigma
     curriculum = GaussianCurriculum(sort_by, config.prompts_per_step, **shape)
+    table = zip((p["index"] for p in problems), *(column.tolist() for column in scores))
+    write(run / "scores.jsonl", [dict(zip(("index", *Scores._fields), row)) for row in table])
+    write(run / "config.json", [asdict(config)])
     by_length = spearman(curriculum.order.argsort(), scores.tokens)
     took = f"{len(problems)} questions scored and ranked in {time.perf_counter() - clock:.1f} s"
     print(f"{took}; Spearman correlation of rank and question length {by_length:.2f}")
@@ -657,7 +641,6 @@ def train(config):
             part.load_state_dict(state[name])
         generator.set_state(state["generator"])
         step, logs, began = state["step"], state["logs"], began - state["seconds"]
-        print(f"going on after step {step}")
 
     def log(name, row):
         logs[name].append({"step": step, **row})
