@@ -11,8 +11,7 @@ move the Gaussian on as fast as the batch's accuracy and angle allow. The rest i
 
 Unlike the authors' code, C is the paper's definition, on the states that enter `lm_head`, and the
 Gaussian's mean stops at the last rank. Unlike textbook GRPO, the loss is a mean over the batch's
-tokens. Not here: several GPUs, adapters, tasks whose answers are not a number.
-"""
+tokens. Not here: several GPUs, adapters, tasks whose answers are not a number."""
 
 import copy
 import json
@@ -132,9 +131,9 @@ def angle_concentration(hidden, prefix_mask, question_mask, include_self=True):
 def score_prompts(model, tokenizer, questions, config):
     """Scores of N questions (strings): C_intra, C_inter, angle (their sum C) and tokens (the
     question's length), each (N,) on the CPU. ValueError names a question whose score is not finite.
-    One prefill of the transformer body, to a question's last token: no later one changes its
-    states. What all prompts begin with runs once, and its keys and values serve every batch.
-    Questions of equal length share a batch, config.score_batch at most: nothing is padded."""
+    One prefill of the transformer body, to a question's last token: no later one changes its states.
+    What all prompts begin with runs once, and its keys and values serve every batch. Questions of
+    equal length share a batch, config.score_batch at most: nothing is padded."""
     prompts, device = encode_prompts(tokenizer, questions), model.device
     shared = os.path.commonprefix([prompt.ids[: prompt.start] for prompt in prompts])
     prefix = model.base_model(torch.tensor([shared], device=device), use_cache=True)
@@ -161,9 +160,9 @@ def score_prompts(model, tokenizer, questions, config):
 # --- The curriculum (paper, section 4) ------------------------------------------------------------
 class GaussianCurriculum(torch.utils.data.Sampler):
     """Batches of data-set indices from a Gaussian that moves down the order of the scores.
-    scores: (N,), highest first in `.order`, ties by index. step and sigma: shares of N; with an
-    infinite sigma the draw is uniform. Iterating yields batches without end: a `batch_sampler`.
-    ValueError for N < batch_size and for a score that is not finite."""
+    scores: (N,), highest first in `.order`, ties by index. step and sigma: shares of N (sigma = inf
+    draws uniformly). Iterating yields batches without end: a `batch_sampler`. ValueError for
+    N < batch_size and for a score that is not finite."""
 
     def __init__(
         self, scores, batch_size, *, step=STEP, sigma=SIGMA, target=0.5, alpha=2, gamma=2, seed=0
@@ -333,10 +332,9 @@ Completions = namedtuple("Completions", "ids attention_mask mask texts angle")
 
 @torch.no_grad()
 def generate(model, tokenizer, prompts, config, samples=1, generator=None):
-    """Completions of P prompts: `samples` of each at config.temperature, drawn from `generator`;
-    without a generator the greedy one. A prompt is prefilled once and its keys and values repeated;
-    its C comes from the same pass. Of the model's generation_config only the end tokens are used.
-    FloatingPointError for a C that is not finite."""
+    """`samples` Completions of each of P prompts at config.temperature, drawn from `generator`, or the
+    greedy one without it. A prompt is prefilled once, and its keys and values repeated. Only the end
+    tokens are taken from the model's generation_config. FloatingPointError for a C not finite."""
     body, head, device = model.base_model, model.get_output_embeddings(), model.device
     ends = model.generation_config.eos_token_id
     ends = torch.tensor([tokenizer.eos_token_id if ends is None else ends], device=device).flatten()
@@ -345,11 +343,11 @@ def generate(model, tokenizer, prompts, config, samples=1, generator=None):
     spans = [[len(p.ids) - width, p.start, p.end] for p in prompts]
     first, start, end = torch.tensor(spans, device=device).T[..., None]
     position = torch.arange(width, device=device) + first  # counts real tokens: padding is below 0
-    mask, question = position >= 0, (position >= start) & (position < end)
+    mask, before = position >= 0, position < start
+    question = mask & ~before & (position < end)
     prefill = body(ids, attention_mask=mask, position_ids=position.clamp(min=0), use_cache=True)
     hidden, cache = prefill.last_hidden_state, prefill.past_key_values
-    prefix = mask & (position < start)
-    pair = angle_concentration(hidden, prefix, question, config.curriculum != UNBIASED)
+    pair = angle_concentration(hidden, mask & before, question, config.curriculum != UNBIASED)
     angle = sum(pair).mean().item()
     if not math.isfinite(angle):
         raise FloatingPointError("the model's hidden states are not finite")
@@ -392,10 +390,9 @@ def group_advantages(rewards):
     """z-scores within each group, (P, G) to (P, G); exactly 0 where all rewards are equal."""
     if rewards.shape[1] < 2:
         raise ValueError("a group of one has no advantage: G must be 2 or more")
-    rewards = rewards.float()
     flat = (rewards == rewards[:, :1]).all(1, keepdim=True)
-    z = (rewards - rewards.mean(1, keepdim=True)) / rewards.std(1, keepdim=True)
-    return torch.where(flat, 0.0, z)
+    mean, deviation = rewards.float().mean(1, True), rewards.float().std(1, True)
+    return torch.where(flat, 0.0, (rewards - mean) / deviation)
 
 
 def grpo_loss(logprobs, old_logprobs, advantages, mask, clip=0.2, reference_logprobs=None, kl=0.0):
@@ -460,8 +457,7 @@ CHATML = "{% for m in messages %}" + TURN + "{% endfor %}<|im_start|>assistant\n
 
 
 def tiny_problem(rng, distractors=5):
-    """A row like GSM8K's: one to six steps, and up to `distractors` sentences about other people
-    that add length and no step, so that length and difficulty vary apart."""
+    """A row like GSM8K's: one to six steps, and sentences on others that add length and no step."""
     who, *others = rng.sample(NAMES, 3)
     thing, number = rng.choice(THINGS), rng.randint(0, TOP)
     story, work = [f"{who} has {number} {thing}."], []
@@ -493,8 +489,7 @@ def make_tiny_world(folder, distractors=5, warmup=700, guesses=0.6, questions=20
     pre = tokenizers.pre_tokenizers
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel(unk_token="<|endoftext|>"))
     words.pre_tokenizer = pre.Sequence([pre.WhitespaceSplit(), pre.Split(signs, "isolated")])
-    texts = [message["content"] for message in build_messages("system user assistant")]
-    texts += [" ".join(row.values()) for row in train] + [" ".join(map(str, range(TOP + 1)))]
+    texts = [" ".join(row.values()) for row in (*train, *build_messages("."))]
     trainer = tokenizers.trainers.WordLevelTrainer(special_tokens=SPECIAL, show_progress=False)
     words.train_from_iterator(texts, trainer)
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, eos_token=SPECIAL[1])
@@ -540,8 +535,7 @@ def make_tiny_world(folder, distractors=5, warmup=700, guesses=0.6, questions=20
 
 # --- Train, evaluate, checkpoint ------------------------------------------------------------------
 def load_model(name, device):
-    """Model and tokenizer, from the hub or a local folder. The weights are float32, their forward
-    passes bfloat16 on a GPU that has it; no dropout, so that a policy has one probability."""
+    """Model and tokenizer. Weights are float32, passes bfloat16 on a GPU that has it; no dropout."""
     try:
         # tokenizer.json as it is: AutoTokenizer swaps in its own splitting rules for some models.
         tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(name)
@@ -642,10 +636,6 @@ def train(config):
         generator.set_state(state["generator"])
         step, logs, began = state["step"], state["logs"], began - state["seconds"]
 
-    def log(name, row):
-        logs[name].append({"step": step, **row})
-        write(run / f"{name}.jsonl", logs[name])
-
     # Ctrl-C lets the step at hand finish; a second one stops at once.
     stop, plain = [], signal.getsignal(signal.SIGINT)
     signal.signal(signal.SIGINT, lambda *_: stop.append(signal.signal(signal.SIGINT, plain)))
@@ -658,8 +648,10 @@ def train(config):
             state |= {"seconds": time.perf_counter() - began, "generator": generator.get_state()}
             write(path, state)
         if step % config.eval_every == 0 or last:
-            log("metrics", result := evaluate(model, tokenizer, tests, config))
-            tqdm.write(f"step {step}: {RESULT.format(**result)}")
+            logs["metrics"].append({"step": step, **evaluate(model, tokenizer, tests, config)})
+            tqdm.write(f"step {step}: {RESULT.format(**logs['metrics'][-1])}")
+        for name, rows in logs.items():
+            write(run / f"{name}.jsonl", rows)
         if last or stop:
             break
         step, clock = step + 1, time.perf_counter()
@@ -669,29 +661,30 @@ def train(config):
         rewards = torch.tensor([reward(*pair) for pair in zip(done.texts, gold)]).view(-1, size)
         advantages = group_advantages(rewards).flatten().to(device)
         tokens, accuracy = done.mask.sum().item(), rewards.mean().item()
-        row = {"reward": accuracy, "accuracy": accuracy, "angle": done.angle}
+        row = {"step": step, "reward": accuracy, "accuracy": accuracy, "angle": done.angle}
         row |= grpo_update(model, reference, optimizer, done, advantages, config)
         row |= {"mean": curriculum.mean, "completion_length": tokens / len(done.ids)}
         row["useful_groups"] = (rewards.amax(1) > rewards.amin(1)).float().mean().item()
         row["seconds"] = time.perf_counter() - clock
         curriculum.update(accuracy, done.angle)
-        log("metrics", row | {"tokens_per_second": tokens / row["seconds"]})
-        if step % config.eval_every == 0:
-            tried = [*zip(done.texts[:size], rewards[0].tolist())]
-            log("samples", {"question": batch[0]["question"], "completions": tried})
+        logs["metrics"].append(row | {"tokens_per_second": tokens / row["seconds"]})
         bar.update()
         bar.set_postfix(accuracy=accuracy, mean=curriculum.mean, loss=row["loss"])
+        if step % config.eval_every == 0:
+            tried = [*zip(done.texts[:size], rewards[0].tolist())]
+            row = {"step": step, "question": batch[0]["question"], "completions": tried}
+            logs["samples"].append(row)
     bar.close()
     signal.signal(signal.SIGINT, plain)
     if stop and step < config.steps:
         raise KeyboardInterrupt
+    summary = {"preset": config.preset, "curriculum": arm, "seed": config.seed, "steps": step}
+    summary |= {"accuracy_before": None, "accuracy_after": None}
+    summary |= {"seconds": time.perf_counter() - began, "rank_length_correlation": by_length}
     results = [row for row in logs["metrics"] if "eval_accuracy" in row]
     for when, row in zip(("before", "after"), results[:1] + results[-1:]):
         print(f"{when:7}{row['step']:5} steps: {RESULT.format(**row)}")
-    before, after = (results[k]["eval_accuracy"] if results else None for k in (0, -1))
-    summary = {"preset": config.preset, "curriculum": config.curriculum, "seed": config.seed}
-    summary |= {"steps": step, "accuracy_before": before, "accuracy_after": after}
-    summary |= {"seconds": time.perf_counter() - began, "rank_length_correlation": by_length}
+        summary[f"accuracy_{when}"] = row["eval_accuracy"]
     write(run / "summary.json", [summary])
     return summary
 
