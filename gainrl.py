@@ -114,8 +114,7 @@ def angle_concentration(hidden, prefix_mask, question_mask, include_self=True):
     if len(bad := (~question_mask.any(1)).nonzero()):
         raise ValueError(f"row {bad[0].item()} has no question token")
     unit = F.normalize(hidden.float(), dim=-1)  # float32: bfloat16 sums change ranks
-    # A fill and not a product: padding may hold anything, even NaN.
-    prefix = unit.masked_fill(~prefix_mask[..., None], 0).sum(1)
+    prefix = unit.masked_fill(~prefix_mask[..., None], 0).sum(1)  # a fill: padding may hold NaN
     unit = unit.masked_fill(~question_mask[..., None], 0)
     question, n, m = unit.sum(1), prefix_mask.sum(1), question_mask.sum(1)
     # sum_ij cos(theta_ij) = |sum_i u_i|^2: O(T D), where a T x T matrix takes O(T^2 D).
@@ -153,8 +152,7 @@ def score_prompts(model, tokenizer, questions, config):
             intra[rows], inter[rows] = (c.cpu() for c in pair)
     if len(bad := (~torch.isfinite(intra + inter)).nonzero()):
         raise ValueError(f"question {bad[0].item()} has no finite score: {questions[bad[0]]:.60}")
-    tokens = torch.tensor([prompt.end - prompt.start for prompt in prompts])
-    return Scores(intra, inter, intra + inter, tokens)
+    return Scores(intra, inter, intra + inter, torch.tensor([p.end - p.start for p in prompts]))
 
 
 # --- The curriculum (paper, section 4) ------------------------------------------------------------
@@ -219,9 +217,7 @@ class GaussianCurriculum(torch.utils.data.Sampler):
 SYSTEM_PROMPT = "Solve the problem step by step. Write the final number as \\boxed{number}."
 EXAMPLE = ("What is 2+2?", "2 + 2 = 4. The answer is \\boxed{4}.")
 PLACEHOLDER = "\ue000"  # a private-use character: in no template and no question
-
-# ids[:start] is the prefix (n tokens), ids[start:end] the question; the template's tail is neither.
-Prompt = namedtuple("Prompt", "ids start end")
+Prompt = namedtuple("Prompt", "ids start end")  # ids[:start] prefix, ids[start:end] the question
 
 
 def build_messages(question):
@@ -250,8 +246,7 @@ def render_template(tokenizer):
 
 
 def question_span(offsets, begin, end):
-    """(first, last + 1) of the tokens that touch the characters [begin, end) of a prompt; offsets
-    are the tokenizer's (begin, end) for each token. ValueError where none touches."""
+    """(first, last + 1) of the tokens that touch the characters [begin, end); ValueError if none."""
     touching = [k for k, (b, e) in enumerate(offsets) if b < end and e > begin]
     if not touching:
         raise ValueError("the tokenizer makes no token of the question")
@@ -277,14 +272,12 @@ def extract_answer(text):
     "1,000", "$1000", "1000.00" and "1000." are all "1000". A box of several numbers (a fraction,
     a range, a list) has no answer: to choose one of them would reward a guess."""
     answers = ANSWER.findall(text)
-    content = "".join(answers[-1]) if answers else ""
-    content = content.replace("\N{MINUS SIGN}", "-").replace("{,}", ",")
-    content = re.sub(r"\\?\$|\\[!,]|(?<=[0-9]),(?=[0-9])", "", content)  # $5, \$5, 1\,000, 1,000
+    content = "".join(answers[-1] if answers else "").replace("\N{MINUS SIGN}", "-")
+    content = re.sub(r"\\?\$|\\[!,]|\{,\}|(?<=[0-9]),(?=[0-9])", "", content)  # \$5, 1\,000, 1,000
     numbers = NUMBER.findall(content)
     if len(numbers) != 1:
         return None
-    # As text: int() refuses more than 4,300 digits.
-    whole, _, fraction = numbers[0].lstrip("- \t").partition(".")
+    whole, _, fraction = numbers[0].lstrip("- \t").partition(".")  # int() has a limit of digits
     number = (whole.lstrip("0") or "0") + ("." + fraction.rstrip("0")).rstrip(".")
     return "-" + number if numbers[0].startswith("-") and number != "0" else number
 
@@ -303,7 +296,7 @@ def load_problems(tokenizer, source, split, longest):
         rows = path.read_bytes().splitlines() if local else None
         rows = rows if local else list(datasets.load_dataset(source, "main", split=split))
     except Exception as error:  # the hub fails in too many ways to list
-        hint = "--dataset needs a folder with train.jsonl and test.jsonl, or a name on the hub"
+        hint = "--dataset is a folder with train.jsonl and test.jsonl, or a hub name"
         raise ValueError(f"cannot read {path}: {hint} ({error!r:.300})") from error
     for k, row in enumerate(rows or [None]):
         try:
@@ -312,15 +305,14 @@ def load_problems(tokenizer, source, split, longest):
         except (ValueError, TypeError, KeyError, AttributeError):
             usable = False
         if not usable:
-            what = "needs a question, and an answer that ends in '#### ' and one number"
-            raise ValueError(f"{path}:{k + 1} {what}: {str(row)[:100]!r}")
+            where = f"{path}:{k + 1} has no question, or no number in its answer"
+            raise ValueError(f"{where}: {str(row)[:100]}")
     prompts = enumerate(encode_prompts(tokenizer, [row["question"] for row in rows]))
     kept = [rows[k] | {"index": k, "prompt": p} for k, p in prompts if len(p.ids) <= longest]
-    dropped = f"{len(rows) - len(kept)} of {len(rows)} {split} prompts do not fit into the context"
     if not kept:
-        raise ValueError(f"{dropped}: lower --max-new-tokens, or name a --model with a longer one")
+        raise ValueError(f"no {split} prompt fits into the model's context: lower --max-new-tokens")
     if len(kept) < len(rows):
-        print(f"dropped: {dropped}")
+        print(f"dropped {len(rows) - len(kept)} of {len(rows)} {split} prompts: over the context")
     return kept
 
 
@@ -379,8 +371,7 @@ def completion_logprobs(model, ids, attention_mask, completion_length, temperatu
 
     inputs = {"attention_mask": attention_mask, "position_ids": positions, "use_cache": False}
     hidden = model.base_model(ids, **inputs).last_hidden_state
-    # A token is predicted by the state before it.
-    hidden = hidden[:, -completion_length - 1 : -1].flatten(0, 1).split(chunk)
+    hidden = hidden[:, -completion_length - 1 : -1].flatten(0, 1).split(chunk)  # one token ahead
     targets = ids[:, -completion_length:].flatten().split(chunk)
     parts = [checkpoint(logprobs, *part, use_reentrant=False) for part in zip(hidden, targets)]
     return torch.cat(parts).view(len(ids), completion_length)
@@ -391,8 +382,8 @@ def group_advantages(rewards):
     if rewards.shape[1] < 2:
         raise ValueError("a group of one has no advantage: G must be 2 or more")
     flat = (rewards == rewards[:, :1]).all(1, keepdim=True)
-    mean, deviation = rewards.float().mean(1, True), rewards.float().std(1, True)
-    return torch.where(flat, 0.0, (rewards - mean) / deviation)
+    std, mean = torch.std_mean(rewards.float(), 1, keepdim=True)
+    return torch.where(flat, 0.0, (rewards - mean) / std)
 
 
 def grpo_loss(logprobs, old_logprobs, advantages, mask, clip=0.2, reference_logprobs=None, kl=0.0):
@@ -437,9 +428,7 @@ def grpo_update(model, reference, optimizer, completions, advantages, config):
                 stats[name] += share * value
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
         if not math.isfinite(norm + stats["loss"]):
-            raise FloatingPointError(
-                f"loss {stats['loss']} or gradient {norm} not finite: lower --lr"
-            )
+            raise FloatingPointError(f"loss {stats['loss']}, gradient {norm}: try a lower --lr")
         optimizer.step()
         optimizer.zero_grad()  # now, so that sampling has the gradients' memory
     return {**stats, "grad_norm": norm}
@@ -606,14 +595,12 @@ def train(config):
             state = torch.load(path, map_location="cpu", weights_only=True)
             differ = {k for k, v in asdict(config).items() if state["config"].get(k) != v}
         except Exception as error:  # a damaged file fails in too many ways to list
-            hint = "put a copy back, or remove it to start the run again"
-            raise ValueError(f"{path} is damaged: {hint} ({error!r:.300})") from error
+            raise ValueError(f"{path} is damaged: remove it ({error!r:.300})") from error
         if differ := differ - {"steps", "run_dir", "resume"}:
             raise ValueError(f"{path} is of another configuration: {', '.join(sorted(differ))}")
     clock = time.perf_counter()
-    asked = [problem["question"] for problem in problems]
     known = Scores(*state["scores"]) if state else None
-    scores = known or score_prompts(model, tokenizer, asked, config)
+    scores = known or score_prompts(model, tokenizer, [p["question"] for p in problems], config)
     # The arms differ in what is sorted, and `uniform` in a Gaussian without an end.
     chance = torch.randperm(len(problems), generator=torch.Generator().manual_seed(config.seed))
     sort_by = {"length": -scores.tokens, "shuffled": chance}.get(arm, scores.angle)
@@ -679,8 +666,8 @@ def train(config):
     if stop and step < config.steps:
         raise KeyboardInterrupt
     summary = {"preset": config.preset, "curriculum": arm, "seed": config.seed, "steps": step}
-    summary |= {"accuracy_before": None, "accuracy_after": None}
     summary |= {"seconds": time.perf_counter() - began, "rank_length_correlation": by_length}
+    summary |= {"accuracy_before": None, "accuracy_after": None}
     results = [row for row in logs["metrics"] if "eval_accuracy" in row]
     for when, row in zip(("before", "after"), results[:1] + results[-1:]):
         print(f"{when:7}{row['step']:5} steps: {RESULT.format(**row)}")
@@ -704,10 +691,8 @@ def main(argv=None):
         print(f"gainrl.py: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(
-            f"stopped: python gainrl.py --resume {config.resume or config.run_dir} goes on",
-            file=sys.stderr,
-        )
+        run = config.resume or config.run_dir
+        print(f"stopped: python gainrl.py --resume {run} goes on", file=sys.stderr)
         return 130
 
 
