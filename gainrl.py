@@ -442,7 +442,7 @@ VERBS = [["loses", "sells"], ["gets", "finds"]]
 TOP = 20  # numbers are 0 to TOP, a token each
 SPECIAL = ["<|endoftext|>", "<|im_end|>", "<|im_start|>"]
 TURN = "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
-CHATML = "{% for m in messages %}" + TURN + "{% endfor %}<|im_start|>assistant\n"
+CHATML = "{% for m in messages %}" + TURN + "{% endfor %}<|im_start|>assistant{{ '\n' }}"
 
 
 def tiny_problem(rng, distractors=5):
