@@ -8,7 +8,6 @@ move the Gaussian on as fast as the batch's accuracy and angle allow. The rest i
     python gainrl.py                              Qwen2.5-0.5B on GSM8K; without a GPU, a tiny world
     python gainrl.py --curriculum uniform         plain GRPO; or angle-unbiased, length, shuffled
     python gainrl.py --resume runs/tiny-angle-0   go on after Ctrl-C, a crash or kill -9
-
 Unlike the authors' code, C is the paper's definition, on the states that enter `lm_head`, and the
 Gaussian's mean stops at the last rank. Unlike textbook GRPO, the loss is a mean over the batch's
 tokens. Not here: several GPUs, adapters, tasks whose answers are not a number."""
@@ -229,10 +228,9 @@ def build_messages(question):
 def render_template(tokenizer):
     """The texts before and after a question. A template that refuses or drops the system role gets
     its text in the first user turn. ValueError for a tokenizer without template or offsets."""
-    name = tokenizer.name_or_path
     if not (tokenizer.is_fast and tokenizer.chat_template):
         lacks = "chat template: use an instruct model" if tokenizer.is_fast else "character offsets"
-        raise ValueError(f"the tokenizer of {name} has no {lacks}")
+        raise ValueError(f"the tokenizer of {tokenizer.name_or_path} has no {lacks}")
     system, user, *rest = build_messages(PLACEHOLDER)
     merged = {"role": "user", "content": f"{SYSTEM_PROMPT}\n\n{user['content']}"}
     for chat in ([system, user, *rest], [merged, *rest]):
@@ -242,7 +240,7 @@ def render_template(tokenizer):
             continue
         if SYSTEM_PROMPT in text and text.count(PLACEHOLDER) == 1:
             return text.split(PLACEHOLDER)
-    raise ValueError(f"the chat template of {name} loses the system prompt or the question")
+    raise ValueError(f"the template of {tokenizer.name_or_path} loses the prompt")
 
 
 def question_span(offsets, begin, end):
@@ -264,6 +262,7 @@ def encode_prompts(tokenizer, questions):
 
 
 ANSWER = re.compile(r"\\boxed\s*\{((?:[^{}]|\{[^{}]*\})*)\}|####([^\n]*)")
+IGNORED = re.compile(r"\\?\$|\\[!,]|\{,\}|(?<=[0-9]),(?=[0-9]{3}(?![0-9]))")  # $5, 1\,000, 1,000
 NUMBER = re.compile(r"(?:-\s*)?(?:[0-9]+\.?[0-9]*|\.[0-9]+)")
 
 
@@ -273,11 +272,12 @@ def extract_answer(text):
     a range, a list) has no answer: to choose one of them would reward a guess."""
     answers = ANSWER.findall(text)
     content = "".join(answers[-1] if answers else "").replace("\N{MINUS SIGN}", "-")
-    content = re.sub(r"\\?\$|\\[!,]|\{,\}|(?<=[0-9]),(?=[0-9])", "", content)  # \$5, 1\,000, 1,000
-    numbers = NUMBER.findall(content)
-    if len(numbers) != 1:
+    numbers = NUMBER.findall(IGNORED.sub("", content))
+    if len(numbers) != 1 or "frac" in content:
         return None
-    whole, _, fraction = numbers[0].lstrip("- \t").partition(".")  # int() has a limit of digits
+    whole, _, fraction = (
+        numbers[0].lstrip("-").strip().partition(".")
+    )  # int() has a limit of digits
     number = (whole.lstrip("0") or "0") + ("." + fraction.rstrip("0")).rstrip(".")
     return "-" + number if numbers[0].startswith("-") and number != "0" else number
 
@@ -298,7 +298,7 @@ def load_problems(tokenizer, source, split, longest):
     except Exception as error:  # the hub fails in too many ways to list
         hint = "--dataset is a folder with train.jsonl and test.jsonl, or a hub name"
         raise ValueError(f"cannot read {path}: {hint} ({error!r:.300})") from error
-    for k, row in enumerate(rows or [None]):
+    for k, row in enumerate(rows := rows or [None]):
         try:
             rows[k] = row = json.loads(row) if isinstance(row, bytes) else row
             usable = row["question"].strip() and extract_answer(row["answer"])
@@ -582,6 +582,8 @@ def train(config):
         raise ValueError(f"{run} holds a run: go on with --resume {run}, or name another --run-dir")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     print(f"preset {config.preset}, curriculum {arm}, seed {config.seed}, on {device}")
+    if config.preset == "tiny":
+        torch.set_num_threads(1)  # its matrices are too small to share, and threads that wait spin
     if TINY_WORLD in (config.model, config.dataset):
         make_tiny_world(TINY_WORLD)
     model, tokenizer = load_model(config.model, device)
@@ -611,8 +613,8 @@ def train(config):
     write(run / "scores.jsonl", [dict(zip(("index", *Scores._fields), row)) for row in table])
     write(run / "config.json", [asdict(config)])
     by_length = spearman(curriculum.order.argsort(), scores.tokens)
-    took = f"{len(problems)} questions scored and ranked in {time.perf_counter() - clock:.1f} s"
-    print(f"{took}; Spearman correlation of rank and question length {by_length:.2f}")
+    took = f"{time.perf_counter() - clock:.1f} s; Spearman of rank and length {by_length:.2f}"
+    print(f"scored and ranked {len(problems)} questions in {took}")
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=0.0)
     generator, step = torch.Generator(device).manual_seed(config.seed), 0
     parts = {"model": model, "optimizer": optimizer, "curriculum": curriculum}
@@ -629,16 +631,17 @@ def train(config):
     bar = tqdm(total=config.steps, initial=step, unit="step")
     while config.steps:  # with --steps 0, only scores and ranks
         last = step >= config.steps
+        evaluated = "eval_accuracy" in (logs["metrics"] or [{}])[-1]  # before it was stopped
+        if (step % config.eval_every == 0 or last) and not evaluated:
+            logs["metrics"].append({"step": step, **evaluate(model, tokenizer, tests, config)})
+            tqdm.write(f"step {step}: {RESULT.format(**logs['metrics'][-1])}")
+        for name, rows in logs.items():
+            write(run / f"{name}.jsonl", rows)
         if step % config.checkpoint_every == 0 or last or stop:
             state = {name: part.state_dict() for name, part in parts.items()}
             state |= {"step": step, "config": asdict(config), "logs": logs, "scores": list(scores)}
             state |= {"seconds": time.perf_counter() - began, "generator": generator.get_state()}
             write(path, state)
-        if step % config.eval_every == 0 or last:
-            logs["metrics"].append({"step": step, **evaluate(model, tokenizer, tests, config)})
-            tqdm.write(f"step {step}: {RESULT.format(**logs['metrics'][-1])}")
-        for name, rows in logs.items():
-            write(run / f"{name}.jsonl", rows)
         if last or stop:
             break
         step, clock = step + 1, time.perf_counter()

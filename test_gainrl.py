@@ -31,6 +31,7 @@ import transformers
 
 import gainrl
 
+torch.set_num_threads(1)  # as the tiny preset does: on busy cores, threads that wait spin
 HERE = Path(__file__).resolve().parent
 GSM8K = HERE.parent / "shared" / "gsm8k"
 QUESTIONS = [
@@ -1151,6 +1152,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(flags, whole, tmp_path, how):
 
 def test_ctrl_c_during_an_evaluation_loses_no_step(flags, tmp_path, monkeypatch):
     evaluate, run, calls = gainrl.evaluate, tmp_path / "run", []
+    plain = signal.getsignal(signal.SIGINT)
 
     def interrupted(*args):
         calls.append(1)
@@ -1163,7 +1165,7 @@ def test_ctrl_c_during_an_evaluation_loses_no_step(flags, tmp_path, monkeypatch)
     assert gainrl.main([*flags, *rare]) == 130
     state = torch.load(run / "checkpoint" / "state.pt", weights_only=True)
     assert state["step"] >= 3
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is plain
 
 
 def test_to_resume_a_finished_run_changes_nothing(twin):
@@ -1201,9 +1203,9 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_checkpoint(
 
     def poisoned(model, reference, optimizer, done, advantages, config):
         calls.append(1)
-        return update(
-            model, reference, optimizer, done, advantages + math.nan * (len(calls) == 3), config
-        )
+        if len(calls) == 3:
+            advantages = advantages + math.nan
+        return update(model, reference, optimizer, done, advantages, config)
 
     monkeypatch.setattr(gainrl, "grpo_update", poisoned)
     assert gainrl.main([*flags, "--run-dir", str(run), "--steps", "5"]) == 2
