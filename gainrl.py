@@ -4,7 +4,6 @@ From "Angles Don't Lie" (arXiv 2506.02281). One prefill pass scores every traini
 angle concentration C, the mean cosine between the hidden states of its tokens: the more they point
 one way, the larger the gradient. Sort by C, draw each batch from a Gaussian over the ranks, and
 move the Gaussian on as fast as the batch's accuracy and angle allow. The rest is plain GRPO.
-
     python gainrl.py                              Qwen2.5-0.5B on GSM8K; without a GPU, a tiny world
     python gainrl.py --curriculum uniform         plain GRPO; or angle-unbiased, length, shuffled
     python gainrl.py --resume runs/tiny-angle-0   go on after Ctrl-C, a crash or kill -9
@@ -129,9 +128,8 @@ def angle_concentration(hidden, prefix_mask, question_mask, include_self=True):
 def score_prompts(model, tokenizer, questions, config):
     """Scores of N questions (strings): C_intra, C_inter, angle (their sum C) and tokens (the
     question's length), each (N,) on the CPU. ValueError names a question whose score is not finite.
-    One prefill of the transformer body, to a question's last token: no later one changes its states.
-    What all prompts begin with runs once, and its keys and values serve every batch. Questions of
-    equal length share a batch, config.score_batch at most: nothing is padded."""
+    One prefill of the body, to a question's last token, as no later one changes its states. What all
+    prompts begin with runs once. Questions of one length share a batch, so nothing is padded."""
     prompts, device = encode_prompts(tokenizer, questions), model.device
     shared = os.path.commonprefix([prompt.ids[: prompt.start] for prompt in prompts])
     prefix = model.base_model(torch.tensor([shared], device=device), use_cache=True)
@@ -296,8 +294,7 @@ def load_problems(tokenizer, source, split, longest):
         rows = path.read_bytes().splitlines() if local else None
         rows = rows if local else list(datasets.load_dataset(source, "main", split=split))
     except Exception as error:  # the hub fails in too many ways to list
-        hint = "--dataset is a folder with train.jsonl and test.jsonl, or a hub name"
-        raise ValueError(f"cannot read {path}: {hint} ({error!r:.300})") from error
+        raise ValueError(f"--dataset: cannot read folder or hub {path} ({error!r:.300})") from error
     for k, row in enumerate(rows := rows or [None]):
         try:
             rows[k] = row = json.loads(row) if isinstance(row, bytes) else row
