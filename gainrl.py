@@ -273,9 +273,8 @@ def extract_answer(text):
     numbers = NUMBER.findall(IGNORED.sub("", content))
     if len(numbers) != 1 or "frac" in content:
         return None
-    whole, _, fraction = (
-        numbers[0].lstrip("-").strip().partition(".")
-    )  # int() has a limit of digits
+    # Text, not int(), which refuses 5,000 digits.
+    whole, _, fraction = numbers[0].lstrip("-").strip().partition(".")
     number = (whole.lstrip("0") or "0") + ("." + fraction.rstrip("0")).rstrip(".")
     return "-" + number if numbers[0].startswith("-") and number != "0" else number
 
@@ -357,7 +356,7 @@ def generate(model, tokenizer, prompts, config, samples=1, generator=None):
     return Completions(ids, mask, mask[:, width:], texts, angle)
 
 
-def completion_logprobs(model, ids, attention_mask, completion_length, temperature, chunk=1024):
+def completion_logprobs(model, ids, attention_mask, completion_length, temperature, chunk=256):
     """log pi of the last `completion_length` of T tokens: float32 (B, completion_length), under the
     temperature that sampled them. `chunk` tokens at a time, and again in the backward pass: the
     float32 logits of all tokens, (B, T, vocabulary), would take gigabytes."""
