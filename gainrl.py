@@ -132,17 +132,18 @@ def score_prompts(model, tokenizer, questions, config):
     prompts begin with runs once. Questions of one length share a batch, so nothing is padded."""
     prompts, device = encode_prompts(tokenizer, questions), model.device
     shared = os.path.commonprefix([prompt.ids[: prompt.start] for prompt in prompts])
-    prefix = model.base_model(torch.tensor([shared], device=device), use_cache=True)
+    # Positional, because transformers 5.24 renamed past_key_values: (ids, mask, positions, cache).
+    states, kept = model.base_model(torch.tensor([shared], device=device), use_cache=True)[:2]
     intra, inter = torch.zeros(2, len(prompts))
     for end in tqdm(sorted({p.end for p in prompts}), desc="scoring", unit="length", leave=False):
         alike = torch.tensor([i for i, p in enumerate(prompts) if p.end == end])
         for rows in alike.split(config.score_batch):
             batch = [prompts[i] for i in rows]
             ids = torch.tensor([p.ids[len(shared) : end] for p in batch], device=device)
-            cache = copy.deepcopy(prefix.past_key_values)
+            cache = copy.deepcopy(kept)
             cache.batch_repeat_interleave(len(batch))
-            hidden = model.base_model(ids, past_key_values=cache, use_cache=True).last_hidden_state
-            hidden = torch.cat([prefix.last_hidden_state.expand(len(batch), -1, -1), hidden], 1)
+            hidden = model.base_model(ids, None, None, cache, use_cache=True)[0]
+            hidden = torch.cat([states.expand(len(batch), -1, -1), hidden], 1)
             start = torch.tensor([[p.start] for p in batch], device=device)
             before = torch.arange(end, device=device) < start
             pair = angle_concentration(hidden, before, ~before, config.curriculum != UNBIASED)
@@ -333,8 +334,7 @@ def generate(model, tokenizer, prompts, config, samples=1, generator=None):
     position = torch.arange(width, device=device) + first  # counts real tokens: padding is below 0
     mask, before = position >= 0, position < start
     question = mask & ~before & (position < end)
-    prefill = body(ids, attention_mask=mask, position_ids=position.clamp(min=0), use_cache=True)
-    hidden, cache = prefill.last_hidden_state, prefill.past_key_values
+    hidden, cache = body(ids, mask, position.clamp(min=0), use_cache=True)[:2]
     pair = angle_concentration(hidden, mask & before, question, config.curriculum != UNBIASED)
     angle = sum(pair).mean().item()
     if not math.isfinite(angle):
@@ -349,8 +349,8 @@ def generate(model, tokenizer, prompts, config, samples=1, generator=None):
         alive = alive & ~torch.isin(token, ends)
         if not alive.any():
             break
-        step = {"position_ids": mask.sum(1, keepdim=True) - 1, "past_key_values": cache}
-        hidden = body(token, attention_mask=mask, use_cache=True, **step).last_hidden_state
+        position = mask.sum(1, keepdim=True) - 1
+        hidden = body(token, mask, position, cache, use_cache=True)[0]
     kept = [row[keep].tolist() for row, keep in zip(ids[:, width:], mask[:, width:])]
     texts = tokenizer.batch_decode(kept, skip_special_tokens=True)
     return Completions(ids, mask, mask[:, width:], texts, angle)
