@@ -91,7 +91,8 @@ class Config:
                 raise ValueError(f"--{name.replace('_', '-')} {value}: must be {low} or more")
         if self.model == TINY_WORLD != self.dataset:
             raise ValueError("the tiny world's model knows no other words: name a --model as well")
-        self.run_dir = self.run_dir or f"runs/{self.preset}-{self.curriculum}-{self.seed}"
+        default = f"runs/{self.preset}-{self.curriculum}-{self.seed}"
+        self.run_dir = self.resume or self.run_dir or default
 
 
 # --- The signal: angle concentration (paper, section 3) -------------------------------------------
@@ -132,7 +133,6 @@ def score_prompts(model, tokenizer, questions, config):
     prompts begin with runs once. Questions of one length share a batch, so nothing is padded."""
     prompts, device = encode_prompts(tokenizer, questions), model.device
     shared = os.path.commonprefix([prompt.ids[: prompt.start] for prompt in prompts])
-    # Positional, because transformers 5.24 renamed past_key_values: (ids, mask, positions, cache).
     states, kept = model.base_model(torch.tensor([shared], device=device), use_cache=True)[:2]
     intra, inter = torch.zeros(2, len(prompts))
     for end in tqdm(sorted({p.end for p in prompts}), desc="scoring", unit="length", leave=False):
@@ -167,7 +167,7 @@ class GaussianCurriculum(torch.utils.data.Sampler):
         if len(bad := (~torch.isfinite(scores)).nonzero()):
             raise ValueError(f"score {bad[0].item()} is not finite")
         if not 1 <= batch_size <= len(scores):
-            raise ValueError(f"{len(scores)} questions are too few for batches of {batch_size}")
+            raise ValueError(f"only {len(scores)} questions: lower --prompts-per-step {batch_size}")
         self.order = scores.argsort(descending=True, stable=True)
         self.batch_size, self.mean = batch_size, 0.0
         self.step, self.sigma = step * len(scores), sigma * len(scores)
@@ -294,7 +294,7 @@ def load_problems(tokenizer, source, split, longest):
         rows = path.read_bytes().splitlines() if local else None
         rows = rows if local else list(datasets.load_dataset(source, "main", split=split))
     except Exception as error:  # the hub fails in too many ways to list
-        raise ValueError(f"--dataset: cannot read folder or hub {path} ({error!r:.300})") from error
+        raise ValueError(f"cannot read {path}: check folder or network ({error!r:.300})") from error
     for k, row in enumerate(rows := rows or [None]):
         try:
             rows[k] = row = json.loads(row) if isinstance(row, bytes) else row
@@ -302,8 +302,7 @@ def load_problems(tokenizer, source, split, longest):
         except (ValueError, TypeError, KeyError, AttributeError):
             usable = False
         if not usable:
-            where = f"{path}:{k + 1} has no question, or no number in its answer"
-            raise ValueError(f"{where}: {str(row)[:100]}")
+            raise ValueError(f"{path}:{k + 1} needs a question and a numeric answer: {row!s:.99}")
     prompts = enumerate(encode_prompts(tokenizer, [row["question"] for row in rows]))
     kept = [rows[k] | {"index": k, "prompt": p} for k, p in prompts if len(p.ids) <= longest]
     if not kept:
@@ -350,7 +349,7 @@ def generate(model, tokenizer, prompts, config, samples=1, generator=None):
         if not alive.any():
             break
         position = mask.sum(1, keepdim=True) - 1
-        hidden = body(token, mask, position, cache, use_cache=True)[0]
+        hidden = body(token, mask, position, cache, use_cache=True)[0]  # by position: names vary
     kept = [row[keep].tolist() for row, keep in zip(ids[:, width:], mask[:, width:])]
     texts = tokenizer.batch_decode(kept, skip_special_tokens=True)
     return Completions(ids, mask, mask[:, width:], texts, angle)
@@ -573,7 +572,7 @@ def train(config):
     """Score, rank, train, evaluate; returns what summary.json holds. ValueError for bad input, OSError
     for a failed write, FloatingPointError for a loss not finite, KeyboardInterrupt after Ctrl-C."""
     began, arm, size = time.perf_counter(), config.curriculum, config.completions_per_prompt
-    run = Path(config.resume or config.run_dir)
+    run = Path(config.run_dir)
     if not config.resume and run.exists() and any(run.iterdir()):
         raise ValueError(f"{run} holds a run: go on with --resume {run}, or name another --run-dir")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -593,9 +592,9 @@ def train(config):
             state = torch.load(path, map_location="cpu", weights_only=True)
             differ = {k for k, v in asdict(config).items() if state["config"].get(k) != v}
         except Exception as error:  # a damaged file fails in too many ways to list
-            raise ValueError(f"{path} is damaged: remove it ({error!r:.300})") from error
+            raise ValueError(f"{path} is damaged: remove to start over ({error!r:.300})") from error
         if differ := differ - {"steps", "run_dir", "resume"}:
-            raise ValueError(f"{path} is of another configuration: {', '.join(sorted(differ))}")
+            raise ValueError(f"{path} has another {', '.join(sorted(differ))}: leave it as it was")
     clock = time.perf_counter()
     known = Scores(*state["scores"]) if state else None
     scores = known or score_prompts(model, tokenizer, [p["question"] for p in problems], config)
@@ -682,16 +681,18 @@ def main(argv=None):
     given = parser.parse_args(argv)
     try:
         if given.resume:
-            parser.set_defaults(**json.loads(Path(given.resume, "config.json").read_text()))
+            try:
+                parser.set_defaults(**json.loads(Path(given.resume, "config.json").read_text()))
+            except (OSError, ValueError) as error:
+                raise ValueError(f"--resume {given.resume} names no run ({error})") from error
             given = parser.parse_args(argv)
         config = Config(**vars(given))
         train(config)
     except (ValueError, OSError, FloatingPointError) as error:
-        print(f"gainrl.py: {error}", file=sys.stderr)
+        tqdm.write(f"gainrl.py: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        run = config.resume or config.run_dir
-        print(f"stopped: python gainrl.py --resume {run} goes on", file=sys.stderr)
+        tqdm.write(f"stopped: python gainrl.py --resume {config.run_dir} goes on", file=sys.stderr)
         return 130
 
 
