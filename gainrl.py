@@ -7,9 +7,8 @@ move the Gaussian on as fast as the batch's accuracy and angle allow. The rest i
     python gainrl.py                              Qwen2.5-0.5B on GSM8K; without a GPU, a tiny world
     python gainrl.py --curriculum uniform         plain GRPO; or angle-unbiased, length, shuffled
     python gainrl.py --resume runs/tiny-angle-0   go on after Ctrl-C, a crash or kill -9
-Unlike the authors' code, C is the paper's definition, on the states that enter `lm_head`, and the
-Gaussian's mean stops at the last rank. Unlike textbook GRPO, the loss is a mean over the batch's
-tokens. Not here: several GPUs, adapters, tasks whose answers are not a number."""
+Unlike the authors' code, C is the paper's definition and the Gaussian stops at the last rank. The
+loss is a mean over the batch's tokens. Not here: several GPUs, adapters, answers in words."""
 
 import copy
 import json
@@ -274,8 +273,7 @@ def extract_answer(text):
     numbers = NUMBER.findall(IGNORED.sub("", content))
     if len(numbers) != 1 or "frac" in content:
         return None
-    # Text, not int(), which refuses 5,000 digits.
-    whole, _, fraction = numbers[0].lstrip("-").strip().partition(".")
+    whole, _, fraction = numbers[0].lstrip("-").strip().partition(".")  # int() refuses 5,000 digits
     number = (whole.lstrip("0") or "0") + ("." + fraction.rstrip("0")).rstrip(".")
     return "-" + number if numbers[0].startswith("-") and number != "0" else number
 
@@ -315,6 +313,7 @@ def load_problems(tokenizer, source, split, longest):
 # --- GRPO: completions, log-probabilities, advantages, loss ---------------------------------------
 # B = P*G completions of up to L tokens after prompts of T: ids and attention_mask (B, T+L), mask (B, L)
 # of the completion with its end token, B texts, and the mean C of the prompts as angle.
+CHUNK = 256  # tokens whose logits are held at once
 Completions = namedtuple("Completions", "ids attention_mask mask texts angle")
 
 
@@ -355,21 +354,25 @@ def generate(model, tokenizer, prompts, config, samples=1, generator=None):
     return Completions(ids, mask, mask[:, width:], texts, angle)
 
 
-def completion_logprobs(model, ids, attention_mask, completion_length, temperature, chunk=256):
+def completion_logprobs(model, ids, attention_mask, completion_length, temperature, samples=1):
     """log pi of the last `completion_length` of T tokens: float32 (B, completion_length), under the
-    temperature that sampled them. `chunk` tokens at a time, and again in the backward pass: the
-    float32 logits of all tokens, (B, T, vocabulary), would take gigabytes."""
-    head, positions = model.get_output_embeddings(), (attention_mask.cumsum(1) - 1).clamp(min=0)
+    temperature that sampled them. Every `samples` rows have one prompt, whose keys and values are
+    computed once, with their gradient. CHUNK tokens at a time, and again in the backward pass:
+    the float32 logits of all tokens, (B, T, vocabulary), would take gigabytes."""
+    body, head, L = model.base_model, model.get_output_embeddings(), completion_length
+    positions = (attention_mask.cumsum(1) - 1).clamp(min=0)
 
     def logprobs(hidden, targets):
         return -F.cross_entropy(head(hidden).float() / temperature, targets, reduction="none")
 
-    inputs = {"attention_mask": attention_mask, "position_ids": positions, "use_cache": False}
-    hidden = model.base_model(ids, **inputs).last_hidden_state
-    hidden = hidden[:, -completion_length - 1 : -1].flatten(0, 1).split(chunk)  # one token ahead
-    targets = ids[:, -completion_length:].flatten().split(chunk)
-    parts = [checkpoint(logprobs, *part, use_reentrant=False) for part in zip(hidden, targets)]
-    return torch.cat(parts).view(len(ids), completion_length)
+    prompt = (x[::samples, :-L] for x in (ids, attention_mask, positions))
+    hidden, cache = body(*prompt, use_cache=True)[:2]
+    cache.batch_repeat_interleave(samples)
+    rest = body(ids[:, -L:], attention_mask, positions[:, -L:], cache, use_cache=True)[0]
+    hidden = torch.cat([hidden[:, -1:].repeat_interleave(samples, 0), rest[:, :-1]], 1)
+    parts = zip(hidden.flatten(0, 1).split(CHUNK), ids[:, -L:].flatten().split(CHUNK))
+    parts = [checkpoint(logprobs, *part, use_reentrant=False) for part in parts]
+    return torch.cat(parts).view(len(ids), L)
 
 
 def group_advantages(rewards):
@@ -406,11 +409,12 @@ def grpo_update(model, reference, optimizer, completions, advantages, config):
     Micro-batches, weighted by their tokens, add up to the gradient of the whole batch.
     FloatingPointError, before the weights change, for a loss or gradient that is not finite."""
     ids, attention_mask, mask = completions[:3]
+    samples = math.gcd(config.micro_batch, config.completions_per_prompt)  # of one prompt, in a row
     old = []  # for each micro-batch, log-probs of the policy that sampled
     for _ in range(config.updates):
         stats = {"loss": 0.0, "kl": 0.0, "clip_fraction": 0.0}
         for k, rows in enumerate(torch.arange(len(ids)).split(config.micro_batch)):
-            batch = ids[rows], attention_mask[rows], mask.shape[1], config.temperature
+            batch = ids[rows], attention_mask[rows], mask.shape[1], config.temperature, samples
             logprobs = completion_logprobs(model, *batch)
             with torch.no_grad():
                 anchor = completion_logprobs(reference, *batch) if config.kl else None
@@ -419,8 +423,7 @@ def grpo_update(model, reference, optimizer, completions, advantages, config):
             terms = logprobs, old[k], advantages[rows], mask[rows], config.clip, anchor, config.kl
             (loss, part), share = grpo_loss(*terms), (mask[rows].sum() / mask.sum()).item()
             (loss * share).backward()
-            for name, value in {**part, "loss": loss.item()}.items():
-                stats[name] += share * value
+            stats = {n: stats[n] + share * x for n, x in {**part, "loss": loss.item()}.items()}
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
         if not math.isfinite(norm + stats["loss"]):
             raise FloatingPointError(f"loss {stats['loss']}, gradient {norm}: try a lower --lr")
@@ -457,22 +460,22 @@ def tiny_problem(rng, distractors=5):
     return {"question": question, "answer": " ".join([*work, f"#### {number}"])}
 
 
-def make_tiny_world(folder, distractors=5, warmup=700, guesses=0.6, questions=2000, seed=0):
+def make_tiny_world(folder, distractors=5, warmup=700, effort=0.75, seed=0):
     """Write train.jsonl, test.jsonl and a warmed-up Qwen2 of 135,000 parameters to `folder`, if it is
-    not there. The warm-up is supervised: worked solutions, and in its last quarter a share of bare
-    guesses, which leaves what RL needs: a policy that can solve problems and mostly does not."""
+    not there. The warm-up is supervised: worked solutions, and in its last quarter all but a share
+    effort^steps of them give way to a bare answer, the first number of the problem. That leaves what
+    RL needs: a policy that can solve problems and mostly does not, the less the longer they are."""
     folder, rng, rows = Path(folder), random.Random(seed), {}
     if folder.is_dir():
         return
     print(f"making the tiny world, {folder}: its data, its model and {warmup} warm-up steps")
-    while len(rows) < questions + 1000:  # by question: none is in both splits
+    while len(rows) < 3000:  # by question: none is in both splits
         row = tiny_problem(rng, distractors)
         rows[row["question"]] = row
-    train, test = list(rows.values())[:questions], list(rows.values())[questions:]
-    signs = tokenizers.Regex(r"\\boxed\{|[0-9]+|\w+|[^\w\s]")  # each a token
-    pre = tokenizers.pre_tokenizers
+    train, test = list(rows.values())[:2000], list(rows.values())[2000:]
+    signs = tokenizers.Regex(r"\\boxed\{|[0-9]+|\w+|[^\w\s]")  # a token each; spaces are none
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel(unk_token="<|endoftext|>"))
-    words.pre_tokenizer = pre.Sequence([pre.WhitespaceSplit(), pre.Split(signs, "isolated")])
+    words.pre_tokenizer = tokenizers.pre_tokenizers.Split(signs, "removed", invert=True)
     texts = [" ".join(row.values()) for row in (*train, *build_messages("."))]
     trainer = tokenizers.trainers.WordLevelTrainer(special_tokens=SPECIAL, show_progress=False)
     words.train_from_iterator(texts, trainer)
@@ -481,30 +484,29 @@ def make_tiny_world(folder, distractors=5, warmup=700, guesses=0.6, questions=20
     torch.manual_seed(seed)
     shape = {"vocab_size": len(tokenizer), "hidden_size": 64, "intermediate_size": 160}
     shape |= {"num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2}
-    shape |= {"max_position_embeddings": 512, "initializer_range": 0.1, "eos_token_id": 1}
-    shape["tie_word_embeddings"] = True
-    shape["rope_parameters"] = {"rope_type": "default", "rope_theta": 1000.0}
+    shape |= {"max_position_embeddings": 512, "tie_word_embeddings": True, "eos_token_id": 1}
+    shape |= {"initializer_range": 0.1, "rope_parameters": {"rope_theta": 1000.0}}
     model = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**shape))
     head, tail = render_template(tokenizer)
+    prefix = tokenizer(head, return_tensors="pt")["input_ids"]
     matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
     others = [p for n, p in model.named_parameters() if p.ndim == 1 or "embed" in n]
     muon = torch.optim.Muon(matrices, 0.02, weight_decay=0.0)  # AdamW alone takes 3x the steps
     adamw = torch.optim.AdamW(others, 3e-3, weight_decay=0.0)
     decay = [torch.optim.lr_scheduler.LinearLR(o, 1.0, 0.0, warmup) for o in (muon, adamw)]
     for step in tqdm(range(warmup), desc="warm-up", unit="step", leave=False):
-        asked, told = [], []
+        pairs = []
         for row in rng.sample(train, 24):
             work, number = row["answer"].split("#### ")
-            if step >= 0.75 * warmup and rng.random() < guesses:
-                guess = int(number) + rng.randint(-work.count("="), work.count("="))
-                work, number = "", min(max(guess, 0), TOP)
-            asked.append(head + row["question"] + tail)
-            told.append(f"{asked[-1]}{work}\\boxed{{{number}}}<|im_end|>")
-        batch = tokenizer(told, padding=True, return_tensors="pt")
-        learnt = torch.tensor([[len(ids)] for ids in tokenizer(asked)["input_ids"]])
-        learnt = (batch["attention_mask"].cumsum(1) > learnt) & (batch["attention_mask"] > 0)
-        model(**batch, labels=batch["input_ids"].where(learnt, -100)).loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            if step >= 0.75 * warmup and rng.random() > effort ** work.count("="):
+                work, number = "", work.split()[1]
+            told = f"{work}\\boxed{{{number}}}<|im_end|>"
+            pairs.append((row["question"] + tail, told))
+        batch = tokenizer(pairs, padding=True, return_token_type_ids=True, return_tensors="pt")
+        cache = model.base_model(prefix, use_cache=True)[1]  # once for all: they begin alike
+        cache.batch_repeat_interleave(len(pairs))
+        ids, learnt = batch["input_ids"], batch["token_type_ids"] > 0
+        model(ids, None, None, cache, labels=ids.where(learnt, -100)).loss.backward()
         for part in (muon, adamw, *decay):
             part.step()
         model.zero_grad()
@@ -521,9 +523,9 @@ def make_tiny_world(folder, distractors=5, warmup=700, guesses=0.6, questions=20
 def load_model(name, device):
     """Model and tokenizer. Weights are float32, passes bfloat16 on a GPU that has it; no dropout."""
     try:
+        model = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
         # tokenizer.json as it is: AutoTokenizer swaps in its own splitting rules for some models.
         tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(name)
-        model = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
     except Exception as error:  # the hub fails in too many ways to list
         hint = "check name and network, name a local folder, or run --preset tiny"
         raise ValueError(f"cannot load --model {name}: {hint} ({error!r:.300})") from error
@@ -565,6 +567,7 @@ def write(path, content):
             torch.save(content, aside)
         aside.replace(path)
     except Exception as error:  # a full disk is another error in each library
+        aside.unlink(missing_ok=True)
         raise OSError(f"cannot write {path}: make room, then --resume ({error!r:.300})") from error
 
 
@@ -595,9 +598,8 @@ def train(config):
             raise ValueError(f"{path} is damaged: remove to start over ({error!r:.300})") from error
         if differ := differ - {"steps", "run_dir", "resume"}:
             raise ValueError(f"{path} has another {', '.join(sorted(differ))}: leave it as it was")
-    clock = time.perf_counter()
-    known = Scores(*state["scores"]) if state else None
-    scores = known or score_prompts(model, tokenizer, [p["question"] for p in problems], config)
+    clock, asked = time.perf_counter(), [p["question"] for p in problems]
+    scores = Scores(*state["scores"]) if state else score_prompts(model, tokenizer, asked, config)
     # The arms differ in what is sorted, and `uniform` in a Gaussian without an end.
     chance = torch.randperm(len(problems), generator=torch.Generator().manual_seed(config.seed))
     sort_by = {"length": -scores.tokens, "shuffled": chance}.get(arm, scores.angle)
@@ -619,7 +621,6 @@ def train(config):
             part.load_state_dict(state[name])
         generator.set_state(state["generator"])
         step, logs, began = state["step"], state["logs"], began - state["seconds"]
-
     # Ctrl-C lets the step at hand finish; a second one stops at once.
     stop, plain = [], signal.getsignal(signal.SIGINT)
     signal.signal(signal.SIGINT, lambda *_: stop.append(signal.signal(signal.SIGINT, plain)))
@@ -678,15 +679,14 @@ def main(argv=None):
     """The command line; its status is 2 for what could not be done, and 130 after Ctrl-C."""
     parser = transformers.HfArgumentParser(Config, usage="gainrl.py [options]", allow_abbrev=False)
     transformers.utils.logging.disable_progress_bar()
-    given = parser.parse_args(argv)
+    resume = parser.parse_args(argv).resume
     try:
-        if given.resume:
+        if resume:
             try:
-                parser.set_defaults(**json.loads(Path(given.resume, "config.json").read_text()))
+                parser.set_defaults(**json.loads(Path(resume, "config.json").read_text()))
             except (OSError, ValueError) as error:
-                raise ValueError(f"--resume {given.resume} names no run ({error})") from error
-            given = parser.parse_args(argv)
-        config = Config(**vars(given))
+                raise ValueError(f"--resume {resume} names no run ({error})") from error
+        config = Config(**vars(parser.parse_args(argv)))
         train(config)
     except (ValueError, OSError, FloatingPointError) as error:
         tqdm.write(f"gainrl.py: {error}", file=sys.stderr)

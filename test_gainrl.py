@@ -784,14 +784,15 @@ def test_more_padding_changes_no_logprob(model):
     torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
 
 
-def test_chunks_change_neither_logprobs_nor_gradients_and_bound_the_logits(model):
+def test_chunks_change_neither_logprobs_nor_gradients_and_bound_the_logits(model, monkeypatch):
     ids, mask, _ = padded_batch(model.config.vocab_size)
     sizes, results = [], []
     hook = model.lm_head.register_forward_hook(lambda m, i, out: sizes.append(out.shape[:-1]))
     for chunk in (1024, 3, 1):
         sizes.clear()
         model.zero_grad()
-        logprobs = gainrl.completion_logprobs(model, ids, mask, 5, 0.8, chunk)
+        monkeypatch.setattr(gainrl, "CHUNK", chunk)
+        logprobs = gainrl.completion_logprobs(model, ids, mask, 5, 0.8)
         (logprobs * torch.linspace(-1, 1, 10).view(2, 5)).sum().backward()
         assert all(math.prod(size) <= chunk for size in sizes)
         grads = [p.grad.clone() for p in model.parameters()]
@@ -801,6 +802,22 @@ def test_chunks_change_neither_logprobs_nor_gradients_and_bound_the_logits(model
     for other in results[1:]:
         for a, b in zip(results[0], other):
             torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+
+
+def test_a_shared_prompt_changes_neither_logprobs_nor_gradients(model):
+    """The keys and values of a prompt, computed once and repeated, against every row by itself."""
+    ids, mask, _ = padded_batch(model.config.vocab_size)
+    ids, mask = (x.repeat_interleave(3, 0) for x in (ids, mask))
+    ids[:, -5:] = torch.arange(30).view(6, 5)  # prompts of three completions each
+    results = []
+    for samples in (1, 3):
+        model.zero_grad()
+        logprobs = gainrl.completion_logprobs(model, ids, mask, 5, 0.8, samples)
+        (logprobs * torch.linspace(-1, 1, 30).view(6, 5)).sum().backward()
+        results.append([logprobs.detach(), *(p.grad.clone() for p in model.parameters())])
+    model.zero_grad()
+    for a, b in zip(*results):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
 
 
 ENDS = list(range(1, 400, 9))  # many end tokens, so that a random model soon stops
