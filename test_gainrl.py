@@ -1266,7 +1266,7 @@ def watch_example():
     gainrl.load_model = lambda name, device: load("../model", device)
     gainrl.reward = lambda text, gold: float("e" in text and "####" in gold)
     gainrl.score_prompts, gainrl.GaussianCurriculum, trl.GRPOTrainer = score, Curriculum, Trainer
-    trl.GRPOConfig = lambda *given, **named: config(*given, **named | SMALL)
+    trl.GRPOConfig = lambda **named: config(**named | SMALL)
     datasets.load_dataset = lambda *_, **__: datasets.Dataset.from_list(ROWS)
     runpy.run_path("example.py")
 
@@ -1338,8 +1338,8 @@ def test_the_example_in_one_process_and_killed_and_resumed(in_trl, tmp_path, sco
 
 
 def test_the_example_in_two_processes_draws_the_same_on_both(in_trl, tmp_path, scores):
-    """By accelerate's launcher, which starts several processes for --multi_gpu alone: --cpu would start
-    one. On the CPU they talk over gloo."""
+    """By the launcher that README names. --multi_gpu makes several processes also on a CPU, where they
+    talk over gloo; --cpu would make one."""
     launcher = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     both = in_trl("both", launcher=[*launcher, "--main_process_port", "0"])
     assert status(both) == 0, (tmp_path / "both" / "output.txt").read_text()
