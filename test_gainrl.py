@@ -8,12 +8,15 @@ for all tests that need a model with some skill; the others use small random Qwe
 """
 
 import copy
+import importlib.util
 import itertools
 import json
 import math
 import os
 import random
+import re
 import resource
+import runpy
 import shutil
 import signal
 import subprocess
@@ -1230,6 +1233,134 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_checkpoint(
     state = torch.load(run / "checkpoint" / "state.pt", weights_only=True)
     assert state["step"] == 2
     assert all(value.isfinite().all() for value in state["model"].values())
+
+
+# --- README's example for more than one GPU, in TRL ------------------------------------------------
+SMALL = {"max_steps": 8, "save_steps": 4, "num_iterations": 2, "gradient_accumulation_steps": 2}
+SMALL |= {"num_generations": 2, "per_device_train_batch_size": 4, "max_completion_length": 8}
+SMALL |= {"eval_strategy": "steps", "eval_steps": 2, "per_device_eval_batch_size": 4}
+SMALL |= {"learning_rate": 1e-2, "use_cpu": True, "bf16": False, "report_to": "none"}
+
+
+def watch_example():
+    """In a process of its own: run example.py, word for word, on what makes it small (a random model,
+    40 questions, SMALL, a reward that noise earns), and log each rank's draws, rows and updates. It
+    also evaluates, rank 1 scores unlike rank 0, and the draw of number DIES_AT is the last."""
+    import trl
+
+    rank, draws = int(os.environ.get("RANK", "0")), itertools.count(1)
+
+    def note(*event):
+        with open(f"log-{rank}.jsonl", "a") as log:
+            print(json.dumps(event), file=log)
+
+    class Curriculum(gainrl.GaussianCurriculum):
+        def sample(self):
+            note("draw", self.mean, batch := super().sample())
+            if next(draws) == int(os.environ.get("DIES_AT", "0")):
+                os.kill(os.getpid(), signal.SIGKILL)
+            return batch
+
+        def update(self, accuracy, angle):
+            note("update", super().update(accuracy, angle), accuracy, angle)
+
+    class Trainer(trl.GRPOTrainer):
+        def __init__(self, model, rewards, args, data, **others):
+            some = data.select(range(4))
+            super().__init__(model, rewards, args, data, eval_dataset=some, **others)
+
+        def _calculate_rewards(self, rows, prompts, completions, *others):
+            if self.model.training:
+                right = ["e" in c[0]["content"] for c in completions]
+                note("rows", [row["question"] for row in rows], right)
+            return super()._calculate_rewards(rows, prompts, completions, *others)
+
+    def score(*inputs, plain=gainrl.score_prompts):
+        scores = plain(*inputs)
+        return scores._replace(angle=scores.angle.flip(0)) if rank else scores
+
+    load, config = gainrl.load_model, trl.GRPOConfig
+    gainrl.load_model = lambda name, device: load("../model", device)
+    gainrl.reward = lambda text, gold: float("e" in text and "####" in gold)
+    gainrl.score_prompts, gainrl.GaussianCurriculum, trl.GRPOTrainer = score, Curriculum, Trainer
+    trl.GRPOConfig = lambda **named: config(**named | SMALL)
+    datasets.load_dataset = lambda *_, **__: datasets.Dataset.from_list(ROWS)
+    runpy.run_path("example.py")
+
+
+@pytest.fixture
+def in_trl(tmp_path, model, tokenizer):
+    """Starts the example in a folder of that name."""
+    if not importlib.util.find_spec("trl"):
+        pytest.skip("TRL is not installed: pip install trl==1.16.0")
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path / "model")
+    blocks = re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.DOTALL)
+    (example,) = (block for block in blocks if "GRPOTrainer" in block)
+
+    def start(name, *options, launcher=(), **environment):
+        folder = tmp_path / name
+        folder.mkdir(exist_ok=True)
+        (folder / "example.py").write_text(example)
+        (folder / "watch.py").write_text("import test_gainrl\n\ntest_gainrl.watch_example()\n")
+        environment |= os.environ | {"PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"}
+        argv = [sys.executable, *launcher, "watch.py", *options]
+        with (folder / "output.txt").open("a") as output:
+            pipes = {"stdout": output, "stderr": subprocess.STDOUT}
+            return subprocess.Popen(argv, cwd=folder, env=environment, **pipes)
+
+    return start
+
+
+def status(process):
+    try:
+        return process.wait(timeout=200)
+    finally:
+        process.terminate()
+
+
+def check_curriculum(scores, *logs):
+    """Four batches: on all ranks the same draws and the same mean, which each update has moved before
+    the next draw; the ranks' rows are the drawn questions; the accuracy is that of all of them."""
+    shared, *others = [[event for event in log if event[0] != "rows"] for log in logs]
+    assert all(other == shared for other in others)
+    assert [event[0] for event in shared] == ["draw", "update"] * 4
+    rows = [[event[1:] for event in log if event[0] == "rows"] for log in logs]
+    mean, accuracies = 0.0, set()
+    for draw, update, *parts in zip(shared[::2], shared[1::2], *rows, strict=True):
+        assert draw[1] == mean
+        _, mean, accuracy, angle = update
+        questions, right = ([*itertools.chain(*part)] for part in zip(*parts))
+        assert questions == [ROWS[k]["question"] for k in draw[2] for _ in range(2)]
+        assert accuracy == sum(right) / len(right)
+        assert angle == pytest.approx(scores.angle[draw[2]].mean().item())
+        accuracies.add(accuracy)
+    assert mean > 0 and len(accuracies) > 1
+
+
+@pytest.fixture
+def scores(model, tokenizer):
+    return gainrl.score_prompts(model, tokenizer, [row["question"] for row in ROWS], tiny())
+
+
+def test_the_example_in_one_process_and_killed_and_resumed(in_trl, tmp_path, scores):
+    """Killed at the fourth draw, so that the third, from after the checkpoint, is made again."""
+    whole, killed = in_trl("whole"), in_trl("killed", DIES_AT="4")
+    assert status(whole) == 0, (tmp_path / "whole" / "output.txt").read_text()
+    assert status(killed) == -signal.SIGKILL
+    assert status(in_trl("killed", "--resume")) == 0
+    whole, killed = (read(tmp_path / name / "log-0.jsonl") for name in ("whole", "killed"))
+    check_curriculum(scores, whole)
+    assert killed == whole[:10] + whole[6:]  # draw, rows, update; draw, ...
+
+
+def test_the_example_in_two_processes_draws_the_same_on_both(in_trl, tmp_path, scores):
+    """By the launcher that README names. --multi_gpu makes several processes also on a CPU, where they
+    talk over gloo; --cpu would make one."""
+    launcher = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    both = in_trl("both", launcher=[*launcher, "--main_process_port", "0"])
+    assert status(both) == 0, (tmp_path / "both" / "output.txt").read_text()
+    check_curriculum(scores, *(read(tmp_path / "both" / f"log-{rank}.jsonl") for rank in (0, 1)))
 
 
 # --- Bad input: one line that names the thing, exit status 2, nothing written ---------------------
