@@ -81,7 +81,7 @@ class Config:
             if getattr(self, name) not in known:
                 raise ValueError(f"--{name} {getattr(self, name)}: choose from {', '.join(known)}")
         least = {"steps": 0, "seed": 0, "kl": 0, "completions_per_prompt": 2}
-        for name, kind in self.__annotations__.items():
+        for name, kind in type(self).__annotations__.items():
             value, low = getattr(self, name), least.get(name, 1 if kind is int else 1e-12)
             if isinstance(value, tuple):
                 value = value[PRESETS.index(self.preset)]
@@ -95,8 +95,8 @@ class Config:
 
 
 # --- The signal: angle concentration (paper, section 3) -------------------------------------------
-# For Y = XW with token rows x_i and upstream gradients g_i, |dL/dW|_F^2 = sum_ij (x_i.x_j)(g_i.g_j).
-# Layer norms fix |x_i|, so what a prompt itself adds to its gradient is the angles of its tokens.
+# For Y = XW, tokens x_i and upstream gradients g_i, |dL/dW|_F^2 = sum_ij (x_i.x_j)(g_i.g_j).
+# Layer norms fix |x_i|, so what a prompt itself brings to its gradient is its tokens' angles.
 Scores = namedtuple("Scores", "intra inter angle tokens")
 
 
@@ -106,8 +106,8 @@ def angle_concentration(hidden, prefix_mask, question_mask, include_self=True):
         C_inter = mean of cos(theta_ij) over i in the question, j in the prefix
     hidden: (B, T, D), any float dtype. Masks: (B, T) bool, disjoint; padding, on either side, is in
     neither. A zero vector has cosine 0 with all; without a prefix C_inter is 0.
-    include_self=False leaves out the i = j pairs, which add (1 - C)/L to a question of L tokens
-    and so favour short ones; a question of one token then has C_intra 0.
+    include_self=False leaves out the i = j pairs. They add (1 - c)/L to the mean c of the others in
+    L tokens and so favour short questions. A question of one token then has C_intra 0.
     ValueError names a row without a question token."""
     if len(bad := (~question_mask.any(1)).nonzero()):
         raise ValueError(f"row {bad[0].item()} has no question token")
@@ -128,8 +128,8 @@ def angle_concentration(hidden, prefix_mask, question_mask, include_self=True):
 def score_prompts(model, tokenizer, questions, config):
     """Scores of N questions (strings): C_intra, C_inter, angle (their sum C) and tokens (the
     question's length), each (N,) on the CPU. ValueError names a question whose score is not finite.
-    One prefill of the body, to a question's last token, as no later one changes its states. What all
-    prompts begin with runs once. Questions of one length share a batch, so nothing is padded."""
+    One prefill of the body, up to the question's last token: later ones cannot change its states.
+    What all prompts begin with runs once. Questions of one length share a batch, unpadded."""
     prompts, device = encode_prompts(tokenizer, questions), model.device
     shared = os.path.commonprefix([prompt.ids[: prompt.start] for prompt in prompts])
     states, kept = model.base_model(torch.tensor([shared], device=device), use_cache=True)[:2]
@@ -242,7 +242,7 @@ def render_template(tokenizer):
 
 
 def question_span(offsets, begin, end):
-    """(first, last + 1) of the tokens that touch the characters [begin, end); ValueError if none."""
+    """(first, last + 1) of the tokens that touch characters [begin, end); ValueError if none."""
     touching = [k for k, (b, e) in enumerate(offsets) if b < end and e > begin]
     if not touching:
         raise ValueError("the tokenizer makes no token of the question")
@@ -273,7 +273,7 @@ def extract_answer(text):
     numbers = NUMBER.findall(IGNORED.sub("", content))
     if len(numbers) != 1 or "frac" in content:
         return None
-    whole, _, fraction = numbers[0].lstrip("-").strip().partition(".")  # int() refuses 5,000 digits
+    whole, _, fraction = numbers[0].lstrip("-").strip().partition(".")  # text: int() has a limit
     number = (whole.lstrip("0") or "0") + ("." + fraction.rstrip("0")).rstrip(".")
     return "-" + number if numbers[0].startswith("-") and number != "0" else number
 
@@ -311,17 +311,17 @@ def load_problems(tokenizer, source, split, longest):
 
 
 # --- GRPO: completions, log-probabilities, advantages, loss ---------------------------------------
-# B = P*G completions of up to L tokens after prompts of T: ids and attention_mask (B, T+L), mask (B, L)
-# of the completion with its end token, B texts, and the mean C of the prompts as angle.
+# B = P*G completions of up to L tokens after prompts of T: ids and attention_mask (B, T+L), mask
+# (B, L) of the completion with its end token, B texts, and the mean C of the prompts as angle.
 CHUNK = 256  # tokens whose logits are held at once
 Completions = namedtuple("Completions", "ids attention_mask mask texts angle")
 
 
 @torch.no_grad()
 def generate(model, tokenizer, prompts, config, samples=1, generator=None):
-    """`samples` Completions of each of P prompts at config.temperature, drawn from `generator`, or the
-    greedy one without it. A prompt is prefilled once, and its keys and values repeated. Only the end
-    tokens are taken from the model's generation_config. FloatingPointError for a C not finite."""
+    """`samples` Completions of each of P prompts at config.temperature, drawn from `generator`, or
+    the greedy one without it. Prompts are prefilled once, their keys and values repeated. Of the
+    model's generation_config only the end tokens count. FloatingPointError for a C not finite."""
     body, head, device = model.base_model, model.get_output_embeddings(), model.device
     ends = model.generation_config.eos_token_id
     ends = torch.tensor([tokenizer.eos_token_id if ends is None else ends], device=device).flatten()
@@ -407,7 +407,7 @@ def grpo_loss(logprobs, old_logprobs, advantages, mask, clip=0.2, reference_logp
 def grpo_update(model, reference, optimizer, completions, advantages, config):
     """config.updates gradient steps on a batch; the loss, grad_norm and stats of the last.
     Micro-batches, weighted by their tokens, add up to the gradient of the whole batch.
-    FloatingPointError, before the weights change, for a loss or gradient that is not finite."""
+    FloatingPointError, before its step is taken, for a loss or gradient that is not finite."""
     ids, attention_mask, mask = completions[:3]
     samples = math.gcd(config.micro_batch, config.completions_per_prompt)  # of one prompt, in a row
     old = []  # for each micro-batch, log-probs of the policy that sampled
@@ -426,7 +426,7 @@ def grpo_update(model, reference, optimizer, completions, advantages, config):
             stats = {n: stats[n] + share * x for n, x in {**part, "loss": loss.item()}.items()}
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
         if not math.isfinite(norm + stats["loss"]):
-            raise FloatingPointError(f"loss {stats['loss']}, gradient {norm}: try a lower --lr")
+            raise FloatingPointError(f"loss {stats['loss']}, gradient {norm}: --lr is too high")
         optimizer.step()
         optimizer.zero_grad()  # now, so that sampling has the gradients' memory
     return {**stats, "grad_norm": norm}
@@ -461,10 +461,10 @@ def tiny_problem(rng, distractors=5):
 
 
 def make_tiny_world(folder, distractors=5, warmup=700, effort=0.75, seed=0):
-    """Write train.jsonl, test.jsonl and a warmed-up Qwen2 of 135,000 parameters to `folder`, if it is
-    not there. The warm-up is supervised: worked solutions, and in its last quarter all but a share
-    effort^steps of them give way to a bare answer, the first number of the problem. That leaves what
-    RL needs: a policy that can solve problems and mostly does not, the less the longer they are."""
+    """Write train.jsonl, test.jsonl and a warmed-up Qwen2 of 135,000 parameters to `folder`, if it
+    is not there. The warm-up shows worked solutions; in its last quarter all but a share
+    effort^steps give way to a bare answer, the problem's first number. That leaves what RL needs:
+    a policy that can solve problems and mostly does not bother, the less the longer they are."""
     folder, rng, rows = Path(folder), random.Random(seed), {}
     if folder.is_dir():
         return
@@ -521,7 +521,7 @@ def make_tiny_world(folder, distractors=5, warmup=700, effort=0.75, seed=0):
 
 # --- Train, evaluate, checkpoint ------------------------------------------------------------------
 def load_model(name, device):
-    """Model and tokenizer. Weights are float32, passes bfloat16 on a GPU that has it; no dropout."""
+    """Model and tokenizer. Weights float32, passes bfloat16 on a GPU that has it; no dropout."""
     try:
         model = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
         # tokenizer.json as it is: AutoTokenizer swaps in its own splitting rules for some models.
@@ -572,16 +572,16 @@ def write(path, content):
 
 
 def train(config):
-    """Score, rank, train, evaluate; returns what summary.json holds. ValueError for bad input, OSError
-    for a failed write, FloatingPointError for a loss not finite, KeyboardInterrupt after Ctrl-C."""
+    """Score, rank, train, evaluate; returns what summary.json holds. ValueError for bad input,
+    OSError for a failed write, FloatingPointError for a loss not finite, KeyboardInterrupt."""
     began, arm, size = time.perf_counter(), config.curriculum, config.completions_per_prompt
-    run = Path(config.run_dir)
+    run, settings = Path(config.run_dir), asdict(config) | {"device": torch.cuda.is_available()}
     if not config.resume and run.exists() and any(run.iterdir()):
         raise ValueError(f"{run} holds a run: go on with --resume {run}, or name another --run-dir")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     print(f"preset {config.preset}, curriculum {arm}, seed {config.seed}, on {device}")
     if config.preset == "tiny":
-        torch.set_num_threads(1)  # its matrices are too small to share, and threads that wait spin
+        torch.set_num_threads(1)  # its matrices are too small to share, and idle threads spin
     if TINY_WORLD in (config.model, config.dataset):
         make_tiny_world(TINY_WORLD)
     model, tokenizer = load_model(config.model, device)
@@ -593,22 +593,22 @@ def train(config):
     if config.resume and path.exists():  # otherwise it was stopped before its first checkpoint
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
-            differ = {k for k, v in asdict(config).items() if state["config"].get(k) != v}
+            differ = {k for k, v in settings.items() if state["config"].get(k) != v}
         except Exception as error:  # a damaged file fails in too many ways to list
             raise ValueError(f"{path} is damaged: remove to start over ({error!r:.300})") from error
         if differ := differ - {"steps", "run_dir", "resume"}:
             raise ValueError(f"{path} has another {', '.join(sorted(differ))}: leave it as it was")
     clock, asked = time.perf_counter(), [p["question"] for p in problems]
     scores = Scores(*state["scores"]) if state else score_prompts(model, tokenizer, asked, config)
-    # The arms differ in what is sorted, and `uniform` in a Gaussian without an end.
+    # The arms differ in what is sorted (length: short first), and `uniform` in an endless Gaussian.
     chance = torch.randperm(len(problems), generator=torch.Generator().manual_seed(config.seed))
     sort_by = {"length": -scores.tokens, "shuffled": chance}.get(arm, scores.angle)
     shape = {"step": config.curriculum_step, "seed": config.seed}
     shape["sigma"] = math.inf if arm == "uniform" else config.sigma
     curriculum = GaussianCurriculum(sort_by, config.prompts_per_step, **shape)
+    write(run / "config.json", [asdict(config)])  # from here on, --resume goes on
     table = zip((p["index"] for p in problems), *(column.tolist() for column in scores))
     write(run / "scores.jsonl", [dict(zip(("index", *Scores._fields), row)) for row in table])
-    write(run / "config.json", [asdict(config)])
     by_length = spearman(curriculum.order.argsort(), scores.tokens)
     took = f"{time.perf_counter() - clock:.1f} s; Spearman of rank and length {by_length:.2f}"
     print(f"scored and ranked {len(problems)} questions in {took}")
@@ -635,7 +635,7 @@ def train(config):
             write(run / f"{name}.jsonl", rows)
         if step % config.checkpoint_every == 0 or last or stop:
             state = {name: part.state_dict() for name, part in parts.items()}
-            state |= {"step": step, "config": asdict(config), "logs": logs, "scores": list(scores)}
+            state |= {"step": step, "config": settings, "logs": logs, "scores": list(scores)}
             state |= {"seconds": time.perf_counter() - began, "generator": generator.get_state()}
             write(path, state)
         if last or stop:
@@ -685,14 +685,14 @@ def main(argv=None):
             try:
                 parser.set_defaults(**json.loads(Path(resume, "config.json").read_text()))
             except (OSError, ValueError) as error:
-                raise ValueError(f"--resume {resume} names no run ({error})") from error
+                raise ValueError(f"--resume {resume} names no run: start one ({error})") from error
         config = Config(**vars(parser.parse_args(argv)))
         train(config)
     except (ValueError, OSError, FloatingPointError) as error:
         tqdm.write(f"gainrl.py: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        tqdm.write(f"stopped: python gainrl.py --resume {config.run_dir} goes on", file=sys.stderr)
+        tqdm.write(f"stopped: once scored, --resume {config.run_dir} goes on", file=sys.stderr)
         return 130
 
 

@@ -1,10 +1,10 @@
-"""What gainrl.py promises, each promise held against something that knows the answer by another way.
+"""What gainrl.py promises, each promise held against what knows the answer by another way.
 
 The oracles are a double loop, arithmetic by hand, autograd, finite differences, chi-square and
 `model.generate`; nothing here was recorded from the code under test. One tiny world is warmed up
 for all tests that need a model with some skill; the others use small random Qwen2 models.
 
-    python -m pytest -q test_gainrl.py        under three minutes on two cores, no GPU, no network
+    python -m pytest -q test_gainrl.py        under five minutes on two slow cores, no GPU, no network
 """
 
 import copy
@@ -253,7 +253,7 @@ def test_scores_track_gradient_norms_on_the_warmed_up_tiny_world(world, skilled)
 
 
 def ragged(seed=0):
-    """Three rows of prefix and question, padded on both sides with NaN: padding may hold anything."""
+    """Three rows of prefix and question, padded on both sides with NaN: padding may be anything."""
     torch.manual_seed(seed)
     hidden = torch.randn(3, 14, 6) + 0.5
     prefix, question = torch.zeros(2, 3, 14, dtype=torch.bool)
@@ -760,7 +760,7 @@ def test_a_group_of_one_is_refused():
 
 
 def padded_batch(vocabulary, extra=0):
-    """Two prompts with completions of 5 tokens, padded on the left; also each row without padding."""
+    """Two prompts with completions of 5 tokens, padded on the left; and each row unpadded."""
     torch.manual_seed(1)
     rows = [torch.randint(3, vocabulary, (n,)) for n in (12, 9)]
     width = 12 + extra
@@ -925,8 +925,9 @@ def batch(stopping, tokenizer):
 @pytest.mark.parametrize("updates", [1, 2])
 @pytest.mark.parametrize("scale", [0.01, 100.0])
 def test_micro_batches_give_the_update_of_the_whole_batch(stopping, batch, updates, scale):
-    """The oracle is the textbook loop: one loss over the whole batch, autograd, the log-probs of the
-    policy that sampled as the old ones in every update, and a gradient of length 1 at most."""
+    """The oracle is the textbook loop: one loss over the whole batch, autograd, the log-probs of
+    the policy that sampled as the old ones in every update, and a gradient of length 1 at
+    most."""
     done, advantages, reference = batch
     advantages, rate = advantages * scale, 0.05
     shape = done.ids, done.attention_mask, done.mask.shape[1], 0.9
@@ -1188,6 +1189,21 @@ def test_ctrl_c_during_an_evaluation_loses_no_step(flags, tmp_path, monkeypatch)
     assert signal.getsignal(signal.SIGINT) is plain
 
 
+def test_a_run_that_failed_to_write_its_scores_goes_on(flags, tmp_path, monkeypatch):
+    write, run = gainrl.write, tmp_path / "run"
+
+    def full(path, content):
+        if path.name == "scores.jsonl":
+            raise OSError("no space")
+        write(path, content)
+
+    argv = [*flags, "--run-dir", str(run), "--steps", "1"]
+    with monkeypatch.context() as patch:
+        patch.setattr(gainrl, "write", full)
+        assert gainrl.main(argv) == 2
+    assert not gainrl.main(["--resume", str(run)])
+
+
 def test_to_resume_a_finished_run_changes_nothing(twin):
     before = files(twin)
     state = torch.load(twin / "checkpoint" / "state.pt", weights_only=True)
@@ -1235,7 +1251,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_checkpoint(
     assert all(value.isfinite().all() for value in state["model"].values())
 
 
-# --- README's example for more than one GPU, in TRL ------------------------------------------------
+# --- README's example for more than one GPU, in TRL -----------------------------------------------
 SMALL = {"max_steps": 8, "save_steps": 4, "num_iterations": 2, "gradient_accumulation_steps": 2}
 SMALL |= {"num_generations": 2, "per_device_train_batch_size": 4, "max_completion_length": 8}
 SMALL |= {"eval_strategy": "steps", "eval_steps": 2, "per_device_eval_batch_size": 4}
@@ -1243,9 +1259,10 @@ SMALL |= {"learning_rate": 1e-2, "use_cpu": True, "bf16": False, "report_to": "n
 
 
 def watch_example():
-    """In a process of its own: run example.py, word for word, on what makes it small (a random model,
-    40 questions, SMALL, a reward that noise earns), and log each rank's draws, rows and updates. It
-    also evaluates, rank 1 scores unlike rank 0, and the draw of number DIES_AT is the last."""
+    """In a process of its own: run example.py, word for word, on what makes it small (a random
+    model, 40 questions, SMALL, a reward that noise earns), and log each rank's draws, rows and
+    updates. It also evaluates, rank 1 scores unlike rank 0, and the draw of number DIES_AT is the
+    last."""
     import trl
 
     rank, draws = int(os.environ.get("RANK", "0")), itertools.count(1)
@@ -1320,8 +1337,9 @@ def status(process):
 
 
 def check_curriculum(scores, *logs):
-    """Four batches: on all ranks the same draws and the same mean, which each update has moved before
-    the next draw; the ranks' rows are the drawn questions; the accuracy is that of all of them."""
+    """Four batches: on all ranks the same draws and the same mean, which each update has moved
+    before the next draw; the ranks' rows are the drawn questions; the accuracy is that of all of
+    them."""
     shared, *others = [[event for event in log if event[0] != "rows"] for log in logs]
     assert all(other == shared for other in others)
     assert [event[0] for event in shared] == ["draw", "update"] * 4
@@ -1355,8 +1373,8 @@ def test_the_example_in_one_process_and_killed_and_resumed(in_trl, tmp_path, sco
 
 
 def test_the_example_in_two_processes_draws_the_same_on_both(in_trl, tmp_path, scores):
-    """By the launcher that README names. --multi_gpu makes several processes also on a CPU, where they
-    talk over gloo; --cpu would make one."""
+    """By the launcher that README names. --multi_gpu makes several processes also on a CPU, where
+    they talk over gloo; --cpu would make one."""
     launcher = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     both = in_trl("both", launcher=[*launcher, "--main_process_port", "0"])
     assert status(both) == 0, (tmp_path / "both" / "output.txt").read_text()
@@ -1501,6 +1519,15 @@ def test_a_checkpoint_of_another_configuration_is_refused(twin, capfd, change):
     line = refusal(["--resume", twin, *change.split()], capfd)
     assert str(twin) in line and change.split()[0].strip("-") in line
     assert files(twin) == before
+
+
+def test_a_checkpoint_of_another_device_is_refused(twin, capfd):
+    """The state of a GPU's generator is none for the CPU's."""
+    path = twin / "checkpoint" / "state.pt"
+    state = torch.load(path, weights_only=True)
+    state["config"]["device"] = not torch.cuda.is_available()
+    torch.save(state, path)
+    assert "another device" in refusal(["--resume", twin], capfd)
 
 
 def test_a_run_directory_that_holds_another_run_is_refused(flags, twin, tmp_path, capfd):
