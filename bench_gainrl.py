@@ -467,10 +467,8 @@ def draw(folder, found, useful, speedups, reach, seeds, size):
     plt.close("all")
 
 
-def bench_curricula(seeds, quick):
-    """Every arm in every world, with each seed: the tables, runs/curricula.json and the figures."""
-    began, runs = time.perf_counter(), Path("runs", "curricula-quick" if quick else "curricula")
-    shape, warmup = (QUICK, {"warmup": 50}) if quick else (RUN, {})
+def run_all(folder, seeds, shape, questions, **warmup):
+    """The metrics of all runs by (world, arm or schedule, seed), and the rows of all signals."""
     jobs = {
         (world, arm, seed): {"curriculum": arm, "seed": seed}
         for world in WORLDS
@@ -484,57 +482,59 @@ def bench_curricula(seeds, quick):
     }
     with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
         made = [
-            pool.submit(in_silence, gainrl.make_tiny_world, runs / world, **how, **warmup)
+            pool.submit(in_silence, gainrl.make_tiny_world, folder / world, **how, **warmup)
             for world, how in WORLDS.items()
         ]
         for future in tqdm(made, desc="worlds"):
             future.result()
         found = {}
-        for world, arm, seed in jobs:
-            folder = runs / f"{world}-{arm}-{seed}".replace(" ", "-")
-            settings = shape | jobs[world, arm, seed]
-            found[world, arm, seed] = pool.submit(run_once, folder, runs / world, settings)
+        for (world, name, seed), settings in jobs.items():
+            run = folder / f"{world}-{name}-{seed}".replace(" ", "-")
+            future = pool.submit(run_once, run, folder / world, shape | settings)
+            found[world, name, seed] = future
+        found = {key: future.result() for key, future in tqdm(found.items(), desc="runs")}
         signals = []
-        for key in tqdm(found, desc="runs"):
-            found[key] = found[key].result()
         for world in WORLDS:
-            trained = runs / f"{world}-uniform-0"
-            work = in_silence, signal_rows, runs / world, trained, 24 if quick else 240
+            work = in_silence, signal_rows, folder / world, folder / f"{world}-uniform-0", questions
             signals.append(pool.submit(*work))
-        signals = [row for future in signals for row in future.result()]
+        return found, [row for future in signals for row in future.result()]
+
+
+def bench_curricula(seeds, quick):
+    """Every arm in every world, with each seed: runs, tables and figures."""
+    began, folder = time.perf_counter(), Path("runs", "curricula-quick" if quick else "curricula")
+    if quick:
+        shape, (found, signals) = QUICK, run_all(folder, seeds, QUICK, 24, warmup=50)
+    else:
+        shape, (found, signals) = RUN, run_all(folder, seeds, RUN, 240)
     useful = {row["world"]: row["useful"] for row in signals if row["when"] == "before"}
-    results, reach = {}, {}
+    heads = {world: f"{world} ({useful[world]:.2f})" for world in WORLDS}
+    results, reach, arms = {}, {}, gainrl.CURRICULA
     for world in WORLDS:
         last = [measure(found[world, "uniform", s], 2.0)["final"] for s in range(seeds)]
         reach[world] = 0.9 * statistics.mean(last)
-    for (world, arm, seed), rows in found.items():
+    for (world, arm, _), rows in found.items():
         for name, value in measure(rows, reach[world]).items():
             results.setdefault((world, arm, name), []).append(value)
     results = {key: torch.tensor(values).double() for key, values in results.items()}
-
-    def at(world):
-        return f"{world} ({useful[world]:.2f})"
-
-    arms, digits = gainrl.CURRICULA, {"steps": 1, "area": 3, "final": 3}
     for name, what in MEASURES.items():
-        lines = [("world (useful groups)", what, *arms)]
+        lines, digits = [("world (useful groups)", what, *arms)], 1 if name == "steps" else 3
         for world in WORLDS:
             values = [results[world, arm, name] for arm in arms]
-            lines.append((at(world), "mean", *(f"{v.mean():.{digits[name]}f}" for v in values)))
+            lines.append((heads[world], "mean", *(f"{v.mean():.{digits}f}" for v in values)))
             for base in ("uniform", "length"):
                 other = results[world, base, name]
-                cells = (difference(v, other, digits[name]) for v in values)
+                cells = (difference(v, other, digits) for v in values)
                 cells = ("" if arm == base else cell for arm, cell in zip(arms, cells))
                 lines.append(("", f"minus {base}", *cells))
         table(*lines)
     speedups, lines = {}, [("world (useful groups)", *(f"speed-up of {a}" for a in arms[:-1]))]
     for world in WORLDS:
-        plain, cells = results[world, "uniform", "steps"], []
+        steps = {arm: results[world, arm, "steps"] for arm in arms}
         for arm in arms[:-1]:
-            ours = results[world, arm, "steps"]
-            speedups[world, arm] = bootstrap(speedup, plain, ours)
-            cells.append("{:.2f} [{:.2f}, {:.2f}]".format(*speedups[world, arm]))
-        lines.append((at(world), *cells))
+            speedups[world, arm] = bootstrap(speedup, steps["uniform"], steps[arm])
+        cells = ("{:.2f} [{:.2f}, {:.2f}]".format(*speedups[world, arm]) for arm in arms[:-1])
+        lines.append((heads[world], *cells))
     table(*lines)
     keys = [key for key in signals[0] if key not in ("world", "when", "by layer")]
     lines = [(row["world"], row["when"], *(f"{row[k]:.2f}" for k in keys)) for row in signals]
@@ -546,9 +546,9 @@ def bench_curricula(seeds, quick):
     table(("C and steps given length", "GRPO", *depths), *lines)
     table(*schedule_lines(found, results, seeds))
     size = 8 * shape["prompts_per_step"]
-    draw(runs if quick else Path("figures"), found, useful, speedups, reach, seeds, size)
+    draw(folder if quick else Path("figures"), found, useful, speedups, reach, seeds, size)
     minutes = (time.perf_counter() - began) / 60
-    print(f"{len(jobs)} runs of {size} x {shape['steps']} completions in {minutes:.0f} minutes")
+    print(f"{len(found)} runs of {size} x {shape['steps']} completions in {minutes:.0f} minutes")
 
 
 def show(row):
