@@ -4,7 +4,7 @@ The oracles are a double loop, arithmetic by hand, autograd, finite differences,
 `model.generate`; nothing here was recorded from the code under test. One tiny world is warmed up
 for all tests that need a model with some skill; the others use small random Qwen2 models.
 
-    python -m pytest -q test_gainrl.py        under five minutes on two slow cores, no GPU, no network
+    python -m pytest -q test_gainrl.py        minutes on two cores; no GPU, no network
 """
 
 import copy
