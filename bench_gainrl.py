@@ -10,6 +10,7 @@ named as skipped. The same goes to runs/bench.json. On a GPU the shapes are Qwen
 import argparse
 import copy
 import importlib.util
+import itertools
 import json
 import math
 import multiprocessing
@@ -272,10 +273,11 @@ SCHEDULES = {
     "step x 0.5": {"curriculum_step": gainrl.STEP / 2},
     "step x 2": {"curriculum_step": gainrl.STEP * 2},
 }
-MEASURES = {
-    "steps": "steps to 90% of uniform's last greedy accuracy",
-    "area": "mean greedy accuracy over the run",
-    "final": "last greedy accuracy",
+SCHEDULED = ("apart", "scarce")  # the mean arrives at the last rank in the first only
+MEASURES = {  # with the digits to print
+    "steps": ("steps to 90% of uniform's last greedy accuracy", 1),
+    "area": ("mean greedy accuracy over the run", 3),
+    "final": ("last greedy accuracy", 3),
 }
 RUN = {"prompts_per_step": 8, "steps": 24, "eval_every": 4, "eval_examples": 128}
 QUICK = {"prompts_per_step": 4, "steps": 2, "eval_every": 1, "eval_examples": 16}
@@ -334,6 +336,16 @@ def partial(x, y, given):
     return (r - a * b) / math.sqrt(max((1 - a * a) * (1 - b * b), 1e-12))
 
 
+def by_draw(statistic):
+    """The statistic of single columns, for bootstrap."""
+    return lambda *columns: torch.tensor([statistic(*rows) for rows in zip(*columns)])
+
+
+def told(values, digits=2):
+    """A value and its interval, as text."""
+    return "{:+.{d}f} [{:+.{d}f}, {:+.{d}f}]".format(*values, d=digits)
+
+
 @torch.no_grad()
 def prompt_signals(model, tokenizer, problems):
     """What is known of each question: C after each layer, tokens, steps, sampled accuracy and the
@@ -363,27 +375,29 @@ def signal_rows(world, trained, questions):
     GRPO begins with, and in the one that it ends with. The questions are in no evaluation."""
     model, tokenizer = gainrl.load_model(str(world), torch.device("cpu"))
     problems = gainrl.load_problems(tokenizer, str(world), "test", 400)[-questions:]
-    rows = []
+    rows, first = [], None
     for when in ("before", "after"):
         if when == "after":
             state = torch.load(trained / "checkpoint" / "state.pt", weights_only=True)
             model.load_state_dict(state["model"])
         tokens, steps, accuracy, norm, *layers = prompt_signals(model, tokenizer, problems)
-        row = {"world": world.name, "when": when, "C": layers[-1].mean().item()}
+        c, given_length = layers[-1], by_draw(partial)
+        row = {"world": world.name, "when": when, "C": c.mean().item()}
+        row["change of C"] = "" if first is None else told(bootstrap(mean, c - first), 3)
         row["useful"] = ((accuracy > 0) & (accuracy < 1)).double().mean().item()
         row["accuracy"] = accuracy.mean().item()
-        row["length"] = gainrl.spearman(layers[-1], tokens)
+        row["length"] = told(bootstrap(by_draw(gainrl.spearman), c, tokens, draws=1000))
         for name, x in (("steps", steps), ("accuracy", accuracy), ("gradient", norm)):
-            row[f"{name} given length"] = partial(layers[-1], x, tokens)
-        row["by layer"] = [partial(c, steps, tokens) for c in layers]
-        rows.append(row)
+            row[f"{name} given length"] = told(bootstrap(given_length, c, x, tokens, draws=1000))
+        cells = (bootstrap(given_length, x, steps, tokens, draws=1000) for x in layers)
+        row["by layer"] = list(map(told, cells))
+        rows, first = [*rows, row], c
     return rows
 
 
 def difference(ours, theirs, digits):
     """The mean paired difference over seeds, with its interval, as text."""
-    middle, low, high = bootstrap(mean, ours - theirs)
-    return f"{middle:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
+    return told(bootstrap(mean, ours - theirs), digits)
 
 
 def table(*rows):
@@ -394,19 +408,24 @@ def table(*rows):
 
 def schedule_lines(found, results, seeds):
     """What the width and the pace of the Gaussian change, and its arrival at the last rank."""
-    yield "schedule of angle in scarce", "arrives at step", "useful before", "after", *MEASURES
-    for name in ("angle", *SCHEDULES):
+    yield "world", "schedule of angle", "arrives at step", "useful before", "after", *MEASURES
+    for world, name in itertools.product(SCHEDULED, ("angle", *SCHEDULES)):
         arrivals, before, after = [], [], []
         for seed in range(seeds):
-            rows = [row for row in found["scarce", name, seed] if "mean" in row]
+            rows = [row for row in found[world, name, seed] if "mean" in row]
             there = [row["step"] for row in rows if row["mean"] >= 1999]  # of 2,000 questions
             arrivals += there[:1]
             for row in rows:
                 (after if row["step"] in there else before).append(row["useful_groups"])
         when = f"{statistics.mean(arrivals):.1f} ({len(arrivals)}/{seeds})" if arrivals else "never"
         shares = (f"{statistics.mean(part):.2f}" if part else "" for part in (before, after))
-        cells = [f"{results['scarce', name, m].mean():.3g}" for m in MEASURES]
-        yield name, when, *shares, *cells
+        cells = []
+        for what, (_, digits) in MEASURES.items():
+            ours, plain = results[world, name, what], results[world, "angle", what]
+            cells.append(f"{ours.mean():.{digits}f}")
+            if name != "angle":
+                cells[-1] += f" ({difference(ours, plain, digits)})"
+        yield world, name, when, *shares, *cells
 
 
 STYLES = {  # line and marker tell the arms apart in grey too
@@ -479,7 +498,8 @@ def run_all(folder, seeds, shape, questions, **warmup):
         for seed in range(seeds)
     }
     jobs |= {
-        ("scarce", name, seed): {"curriculum": "angle", "seed": seed, **settings}
+        (world, name, seed): {"curriculum": "angle", "seed": seed, **settings}
+        for world in SCHEDULED
         for name, settings in SCHEDULES.items()
         for seed in range(seeds)
     }
@@ -520,8 +540,8 @@ def bench_curricula(seeds, quick):
         for name, value in measure(rows, reach[world]).items():
             results.setdefault((world, arm, name), []).append(value)
     results = {key: torch.tensor(values).double() for key, values in results.items()}
-    for name, what in MEASURES.items():
-        lines, digits = [("world (useful groups)", what, *arms)], 1 if name == "steps" else 3
+    for name, (what, digits) in MEASURES.items():
+        lines = [("world (useful groups)", what, *arms)]
         for world in WORLDS:
             values = [results[world, arm, name] for arm in arms]
             lines.append((heads[world], "mean", *(f"{v.mean():.{digits}f}" for v in values)))
@@ -540,11 +560,12 @@ def bench_curricula(seeds, quick):
         lines.append((heads[world], *cells))
     table(*lines)
     keys = [key for key in signals[0] if key not in ("world", "when", "by layer")]
-    lines = [(row["world"], row["when"], *(f"{row[k]:.2f}" for k in keys)) for row in signals]
+    lines = []
+    for row in signals:
+        cells = (row[k] if isinstance(row[k], str) else f"{row[k]:.2f}" for k in keys)
+        lines.append((row["world"], row["when"], *cells))
     table(("world", "GRPO", *keys), *lines)
-    lines = [
-        (row["world"], row["when"], *(f"{c:+.2f}" for c in row["by layer"])) for row in signals
-    ]
+    lines = [(row["world"], row["when"], *row["by layer"]) for row in signals]
     depths = [f"after layer {k}" if k else "embeddings" for k in range(len(lines[0]) - 2)]
     table(("C and steps given length", "GRPO", *depths), *lines)
     table(*schedule_lines(found, results, seeds))
