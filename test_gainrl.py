@@ -206,7 +206,7 @@ def test_scores_track_gradient_norms_on_the_warmed_up_tiny_world(world, skilled)
     """The paper's claim, measured: a prompt of higher C has the longer gradient. Flat groups have
     none, and stay in. What is left of it at equal length is printed, whatever it is."""
     model, tokenizer = skilled
-    n, config = 240, tiny()
+    n, config = 200, tiny()
     problems = gainrl.load_problems(tokenizer, str(world), "test", 400)[:n]
     scores = gainrl.score_prompts(model, tokenizer, [p["question"] for p in problems], config)
     torch.manual_seed(0)
@@ -214,10 +214,8 @@ def test_scores_track_gradient_norms_on_the_warmed_up_tiny_world(world, skilled)
     for problem in problems:
         done = gainrl.generate(model, tokenizer, [problem["prompt"]], config, 8, generator)
         rewards = torch.tensor([[gainrl.reward(t, problem["answer"]) for t in done.texts]])
-        advantages = gainrl.group_advantages(rewards)[0]
-        logprobs = gainrl.completion_logprobs(
-            model, done.ids, done.attention_mask, done.mask.shape[1], config.temperature
-        )
+        advantages, shape = gainrl.group_advantages(rewards)[0], (done.mask.shape[1], 1.0, 8)
+        logprobs = gainrl.completion_logprobs(model, done.ids, done.attention_mask, *shape)
         loss, _ = gainrl.grpo_loss(logprobs, logprobs.detach(), advantages, done.mask)
         grads = torch.autograd.grad(loss, list(model.parameters()))
         norms["GRPO loss"].append(torch.stack([g.norm() for g in grads]).norm())
