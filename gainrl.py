@@ -7,10 +7,10 @@ move the Gaussian on as fast as the batch's accuracy and angle allow. The rest i
     python gainrl.py                              Qwen2.5-0.5B on GSM8K; without a GPU, a tiny world
     python gainrl.py --curriculum uniform         plain GRPO; or angle-unbiased, length, shuffled
     python gainrl.py --resume runs/tiny-angle-0   go on after Ctrl-C, a crash or kill -9
-Unlike the authors' code, C is the paper's definition and the Gaussian stops at the last rank. The
-loss is a mean over the batch's tokens. Not here: several GPUs, adapters, answers in words."""
+Unlike the authors' code, C is the paper's definition and the Gaussian stops at the last rank."""
 
 import copy
+import hashlib
 import json
 import math
 import os
@@ -29,7 +29,6 @@ import tokenizers
 import torch
 import torch.nn.functional as F
 import transformers
-from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 # --- Config ---------------------------------------------------------------------------------------
@@ -371,7 +370,7 @@ def completion_logprobs(model, ids, attention_mask, completion_length, temperatu
     rest = body(ids[:, -L:], attention_mask, positions[:, -L:], cache, use_cache=True)[0]
     hidden = torch.cat([hidden[:, -1:].repeat_interleave(samples, 0), rest[:, :-1]], 1)
     parts = zip(hidden.flatten(0, 1).split(CHUNK), ids[:, -L:].flatten().split(CHUNK))
-    parts = [checkpoint(logprobs, *part, use_reentrant=False) for part in parts]
+    parts = [torch.utils.checkpoint.checkpoint(logprobs, *x, use_reentrant=False) for x in parts]
     return torch.cat(parts).view(len(ids), L)
 
 
@@ -575,10 +574,9 @@ def train(config):
     """Score, rank, train, evaluate; returns what summary.json holds. ValueError for bad input,
     OSError for a failed write, FloatingPointError for a loss not finite, KeyboardInterrupt."""
     began, arm, size = time.perf_counter(), config.curriculum, config.completions_per_prompt
-    run, settings = Path(config.run_dir), asdict(config) | {"device": torch.cuda.is_available()}
+    run, device = Path(config.run_dir), torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if not config.resume and run.exists() and any(run.iterdir()):
         raise ValueError(f"{run} holds a run: go on with --resume {run}, or name another --run-dir")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     print(f"preset {config.preset}, curriculum {arm}, seed {config.seed}, on {device}")
     if config.preset == "tiny":
         torch.set_num_threads(1)  # its matrices are too small to share, and idle threads spin
@@ -589,6 +587,8 @@ def train(config):
     longest = getattr(model.config, "max_position_embeddings", math.inf) - config.max_new_tokens
     problems = load_problems(tokenizer, config.dataset, "train", longest)
     tests = load_problems(tokenizer, config.dataset, "test", longest)[: config.eval_examples]
+    data = hashlib.sha256(repr(problems + tests).encode()).hexdigest()
+    settings = asdict(config) | {"device": device.type, "data set": data}
     state, path = None, run / "checkpoint" / "state.pt"
     if config.resume and path.exists():  # otherwise it was stopped before its first checkpoint
         try:

@@ -1523,9 +1523,17 @@ def test_a_checkpoint_of_another_device_is_refused(twin, capfd):
     """The state of a GPU's generator is none for the CPU's."""
     path = twin / "checkpoint" / "state.pt"
     state = torch.load(path, weights_only=True)
-    state["config"]["device"] = not torch.cuda.is_available()
+    state["config"]["device"] = "cpu" if torch.cuda.is_available() else "cuda"
     torch.save(state, path)
     assert "another device" in refusal(["--resume", twin], capfd)
+
+
+def test_a_checkpoint_of_other_questions_is_refused(twin, capfd, monkeypatch):
+    """Its scores are those of the questions it was made with, in their order."""
+    before, load = files(twin), gainrl.load_problems
+    monkeypatch.setattr(gainrl, "load_problems", lambda *inputs: load(*inputs)[::-1])
+    assert "another data set" in refusal(["--resume", twin], capfd)
+    assert files(twin) == before
 
 
 def test_a_run_directory_that_holds_another_run_is_refused(flags, twin, tmp_path, capfd):
