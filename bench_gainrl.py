@@ -72,7 +72,7 @@ def peak(work, *inputs):
 
     before = kilobytes("VmRSS:")
     work(*inputs)
-    return 1024 * max(kilobytes("VmHWM:") - before, 4)  # a page at least
+    return 1024 * (kilobytes("VmHWM:") - before)
 
 
 def compare(what, against, ours, theirs, unit="s", scale=1.0):
@@ -391,7 +391,8 @@ def signal_rows(world, trained, questions):
             row[f"{name} given length"] = told(bootstrap(given_length, c, x, tokens, draws=1000))
         cells = (bootstrap(given_length, x, steps, tokens, draws=1000) for x in layers)
         row["by layer"] = list(map(told, cells))
-        rows, first = [*rows, row], c
+        rows.append(row)
+        first = c
     return rows
 
 

@@ -214,7 +214,8 @@ def test_scores_track_gradient_norms_on_the_warmed_up_tiny_world(world, skilled)
     for problem in problems:
         done = gainrl.generate(model, tokenizer, [problem["prompt"]], config, 8, generator)
         rewards = torch.tensor([[gainrl.reward(t, problem["answer"]) for t in done.texts]])
-        advantages, shape = gainrl.group_advantages(rewards)[0], (done.mask.shape[1], 1.0, 8)
+        advantages = gainrl.group_advantages(rewards)[0]
+        shape = done.mask.shape[1], config.temperature, 8
         logprobs = gainrl.completion_logprobs(model, done.ids, done.attention_mask, *shape)
         loss, _ = gainrl.grpo_loss(logprobs, logprobs.detach(), advantages, done.mask)
         grads = torch.autograd.grad(loss, list(model.parameters()))
