@@ -103,11 +103,12 @@ def angle_concentration(hidden, prefix_mask, question_mask, include_self=True):
     """C_intra and C_inter of the paper (section 3): two float32 tensors (B,), within [-1, 1].
         C_intra = mean of cos(theta_ij) over i, j in the question
         C_inter = mean of cos(theta_ij) over i in the question, j in the prefix
-    hidden: (B, T, D), any float dtype. Masks: (B, T) bool, disjoint; padding, on either side, is in
-    neither. A zero vector has cosine 0 with all; without a prefix C_inter is 0.
+    hidden: (B, T, D), any float dtype. Masks: (B, T), bool or 0/1 of any dtype, disjoint; padding,
+    on either side, is in neither. A zero vector has cosine 0 with all; without a prefix C_inter is 0.
     include_self=False leaves out the i = j pairs. They add (1 - c)/L to the mean c of the others in
     L tokens and so favour short questions. A question of one token then has C_intra 0.
     ValueError names a row without a question token."""
+    prefix_mask, question_mask = prefix_mask.bool(), question_mask.bool()
     if len(bad := (~question_mask.any(1)).nonzero()):
         raise ValueError(f"row {bad[0].item()} has no question token")
     unit = F.normalize(hidden.float(), dim=-1)  # float32: bfloat16 sums change ranks
@@ -387,17 +388,21 @@ def grpo_loss(logprobs, old_logprobs, advantages, mask, clip=0.2, reference_logp
     """Clipped policy loss with an optional KL penalty: (loss, stats). advantages (B,), rest (B, L).
         loss = mean over the mask of -min(r A, clamp(r, 1 - clip, 1 + clip) A) + kl k3
         r = exp(logprobs - old_logprobs),  k3 = exp(d) - d - 1,  d = reference_logprobs - logprobs
-    k3 is never negative and unbiased. stats: the floats kl and clip_fraction."""
+    k3 is never negative and unbiased. stats: the floats kl and clip_fraction. mask: bool, or 0/1 of
+    any dtype; what stands behind it, even an infinity, changes neither loss nor gradient."""
+    mask = mask.bool()
 
     def mean(x):
         return torch.where(mask, x, 0.0).sum() / mask.sum().clamp(min=1)
 
-    ratio, advantages = torch.exp(logprobs - old_logprobs), advantages[:, None]
+    # Masked before exp: a mask after it would leave 0 * inf = NaN in the gradient.
+    ratio = torch.exp(torch.where(mask, logprobs - old_logprobs, 0.0))
+    advantages = advantages[:, None]
     clipped = ratio.clamp(1 - clip, 1 + clip) * advantages
     loss = mean(-torch.minimum(ratio * advantages, clipped))
     stats = {"kl": 0.0, "clip_fraction": mean((ratio * advantages > clipped).float()).item()}
     if reference_logprobs is not None:
-        d = reference_logprobs - logprobs
+        d = torch.where(mask, reference_logprobs - logprobs, 0.0)
         k3 = mean(torch.exp(d) - d - 1)
         loss, stats["kl"] = loss + kl * k3, k3.item()
     return loss, stats

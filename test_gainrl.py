@@ -276,6 +276,14 @@ def test_the_closed_form_is_the_mean_over_all_token_pairs(dtype, include_self):
         assert (intra[row].item(), inter[row].item()) == pytest.approx(expected, abs=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.long, torch.float32])
+def test_masks_of_0_and_1_are_as_good_as_bool(dtype):
+    hidden, prefix, question = ragged()
+    expected = gainrl.angle_concentration(hidden, prefix, question)
+    found = gainrl.angle_concentration(hidden, prefix.to(dtype), question.to(dtype))
+    assert all(map(torch.equal, found, expected))
+
+
 def test_the_order_of_tokens_within_a_segment_does_not_matter():
     hidden, prefix, question = ragged()
     before = gainrl.angle_concentration(hidden, prefix, question)
@@ -723,6 +731,18 @@ def test_the_gradient_of_the_loss_equals_finite_differences():
     x.grad = None
     loss(x).backward()
     assert (x.grad[~mask] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.long, torch.float32])
+def test_an_infinity_behind_the_mask_changes_neither_loss_nor_gradient(dtype):
+    """exp(200) is infinite in float32; a mask of 0 and 1 is as good as one of False and True."""
+    mask, old = torch.tensor([[1, 0]]).to(dtype), torch.tensor([[0.0, -200.0]])
+    for reference in (None, torch.tensor([[0.0, 200.0]])):
+        x = torch.zeros(1, 2, requires_grad=True)
+        loss, stats = gainrl.grpo_loss(x, old, torch.ones(1), mask, 0.2, reference, kl=1.0)
+        loss.backward()
+        assert loss.item() == -1 and x.grad.tolist() == [[-1, 0]]
+        assert stats == {"kl": 0, "clip_fraction": 0}
 
 
 def test_equal_policies_have_no_divergence_and_the_plain_policy_gradient():
