@@ -104,7 +104,7 @@ def angle_concentration(hidden, prefix_mask, question_mask, include_self=True):
         C_intra = mean of cos(theta_ij) over i, j in the question
         C_inter = mean of cos(theta_ij) over i in the question, j in the prefix
     hidden: (B, T, D), any float dtype. Masks: (B, T), bool or 0/1 of any dtype, disjoint; padding,
-    on either side, is in neither. A zero vector has cosine 0 with all; without a prefix C_inter is 0.
+    on either side, is in neither. A zero vector has cosine 0 with all; C_inter without prefix is 0.
     include_self=False leaves out the i = j pairs. They add (1 - c)/L to the mean c of the others in
     L tokens and so favour short questions. A question of one token then has C_intra 0.
     ValueError names a row without a question token."""
