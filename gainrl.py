@@ -1,14 +1,49 @@
-"""GAIN-RL in one file: GRPO that picks its questions by the angles between their token vectors.
+"""GAIN-RL in one file: GRPO that picks its training questions by the angles between token vectors.
 
-From "Angles Don't Lie" (arXiv 2506.02281). One prefill pass scores every training question by its
-angle concentration C, the mean cosine between the hidden states of its tokens: the more they point
-one way, the larger the gradient. Sort by C, draw each batch from a Gaussian over the ranks, and
-move the Gaussian on as fast as the batch's accuracy and angle allow. The rest is plain GRPO.
+From "Angles Don't Lie" (arXiv 2506.02281, NeurIPS 2025). Before training, one forward pass over
+each question gives its angle concentration C: the mean cosine between the hidden states of its
+tokens. The more they point one way, the larger the gradient that the question can give. The
+questions are sorted by C, each batch is drawn from a Gaussian over the ranks, and the Gaussian
+moves down the order as fast as the accuracy and the angle of the batches allow. The rest is GRPO.
+
     python gainrl.py                              Qwen2.5-0.5B on GSM8K; without a GPU, a tiny world
-    python gainrl.py --curriculum uniform         plain GRPO; or angle-unbiased, length, shuffled
-    python gainrl.py --resume runs/tiny-angle-0   go on after Ctrl-C, a crash or kill -9
+    python gainrl.py --curriculum uniform         plain GRPO; --help lists the other arms
+    python gainrl.py --resume runs/tiny-angle-0   continue after Ctrl-C, a crash or kill -9
+
+Where the paper's ideas are, in reading order:
+
+    section 3    the signal C_intra, C_inter          angle_concentration, score_prompts
+    section 4    sort by C                            GaussianCurriculum.order
+                 draw from a Gaussian over ranks      GaussianCurriculum.sample
+                 move it by accuracy and angle        GaussianCurriculum.update
+    GRPO         sample, compare, update              generate, group_advantages, grpo_update
+    all of it                                         train: the loop
+
+Symbols, here and in the comments:
+
+    N   questions in the data set              x_i      hidden state of token i after the final norm
+    P   prompts in a batch                     u_i      x_i / |x_i|
+    G   completions of each prompt             theta_ij angle between x_i and x_j
+    B   rows: P, or P G with completions       C        C_intra + C_inter of a question
+    T   tokens of a row                        mu       mean of the Gaussian, a rank in [0, N - 1]
+    D   width of the hidden states             A        advantage of a completion
+
+What of GRPO is left out, or chosen, and why:
+
+    - The loss is a mean over all completion tokens of the batch, so that a long answer is not
+      diluted, and advantages are z-scores within the group, as in the GRPO paper.
+    - One gradient step a batch (--updates): the policy that samples is the one that is updated, the
+      ratio is exactly 1 and the clip does nothing. `clip_fraction` is then 0, and the loss is near
+      0 although its gradient is not, because advantages of a group add up to 0.
+    - Rewards are 1 or 0, for the right number; there is no reward for format or length.
+    - No overlong filter, no dynamic sampling, no entropy bonus: they would blur what the choice of
+      questions does.
+    - One GPU, and sampling by the same weights in the same process: extras/train_trl.py has more.
+
 Unlike the authors' code, C is the paper's definition and the Gaussian stops at the last rank."""
 
+import argparse
+import contextlib
 import copy
 import hashlib
 import json
@@ -16,14 +51,17 @@ import math
 import os
 import random
 import re
+import shutil
 import signal
 import sys
 import time
+import typing
 from collections import namedtuple
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import datasets
+import filelock
 import jinja2
 import tokenizers
 import torch
@@ -31,170 +69,316 @@ import torch.nn.functional as F
 import transformers
 from tqdm import tqdm
 
-# --- Config ---------------------------------------------------------------------------------------
-UNBIASED = "angle-unbiased"
-CURRICULA = ("angle", UNBIASED, "length", "shuffled", "uniform")
-PRESETS = ("gsm8k", "tiny")
+# --- 2. Config ------------------------------------------------------------------------------------
 TINY_WORLD = "runs/tiny-world"
-RESULT = "greedy accuracy {eval_accuracy:.3f} (95% {eval_low:.3f} to {eval_high:.3f})"
-STEP, SIGMA = 500 / 7473, 1000 / 7473  # the authors' 500 and 1000 as shares of GSM8K
+CURRICULA = ("angle", "angle-unbiased", "length", "shuffled", "reversed", "uniform")
+PRESETS = {  # what each changes of the defaults below, which are those of gsm8k
+    "gsm8k": {"preset": "gsm8k"},
+    "tiny": {
+        "preset": "tiny",
+        "model": TINY_WORLD,
+        "dataset": TINY_WORLD,
+        "steps": 30,
+        "prompts_per_step": 16,
+        "max_new_tokens": 64,
+        "micro_batch": 128,
+        "lr": 1e-4,
+        "kl": 0.0,
+        "eval_every": 10,
+        "checkpoint_every": 1,
+    },
+}
 
 
-def option(default, help):
+def setting(default, help):
     return field(default=default, metadata={"help": help})
 
 
 @dataclass
 class Config:
-    """Every setting of a run. A pair of defaults is one for each preset: (gsm8k, tiny)."""
+    """Every setting of a run. `Config(**PRESETS["tiny"])` is what --preset tiny runs."""
 
-    preset: str = option(None, "gsm8k or tiny; if not given, tiny where there is no GPU")
-    model: str = option(("Qwen/Qwen2.5-0.5B-Instruct", TINY_WORLD), "hub name or local folder")
-    dataset: str = option(("openai/gsm8k", TINY_WORLD), "hub name, or folder of {train,test}.jsonl")
-    curriculum: str = option("angle", "what picks the questions: " + ", ".join(CURRICULA))
-    steps: int = option((200, 30), "batches to train on; 0 scores and ranks only")
-    prompts_per_step: int = option((32, 16), "P, questions in a batch")
-    completions_per_prompt: int = option(8, "G, completions sampled for each question")
-    updates: int = option(1, "gradient steps on each batch")
-    max_new_tokens: int = option((512, 64), "longest completion, in tokens")
-    micro_batch: int = option((8, 128), "completions in a backward pass: memory, not results")
-    score_batch: int = option(64, "questions in a scoring pass: memory, not results")
-    temperature: float = option(1.0, "of sampling; evaluation is greedy")
-    lr: float = option((1e-6, 1e-4), "learning rate of AdamW, constant")
-    clip: float = option(0.2, "epsilon of the clipped ratio")
-    kl: float = option((0.001, 0.0), "weight of the KL term; 0 keeps no reference model in memory")
-    sigma: float = option(SIGMA, "width of the Gaussian, as a share of the data set")
-    curriculum_step: float = option(STEP, "n, the unit of the mean's step, as a share likewise")
-    seed: int = option(0, "of the draws and the sampling")
-    eval_every: int = option((50, 10), "steps between evaluations")
-    eval_examples: int = option(512, "test questions in an evaluation: the first ones")
-    checkpoint_every: int = option((10, 1), "steps between checkpoints")
-    run_dir: str = option(None, "where the run is kept; runs/PRESET-CURRICULUM-SEED if not given")
-    resume: str = option(None, "a run directory to go on with, configured as it was")
+    preset: str = setting("gsm8k", "gsm8k or tiny; if not given, tiny where there is no GPU")
+    model: str = setting("Qwen/Qwen2.5-0.5B-Instruct", "hub name or local folder")
+    dataset: str = setting("openai/gsm8k", "hub name, or a folder with train.jsonl and test.jsonl")
+    curriculum: str = setting("angle", "what picks the questions: " + ", ".join(CURRICULA))
+    steps: int = setting(200, "batches to train on; 0 scores and ranks only")
+    prompts_per_step: int = setting(32, "P, questions in a batch")
+    completions_per_prompt: int = setting(8, "G, completions sampled for each question")
+    updates: int = setting(1, "gradient steps on each batch")
+    max_new_tokens: int = setting(512, "longest completion, in tokens")
+    micro_batch: int = setting(8, "completions in a backward pass: changes memory, not results")
+    score_batch: int = setting(64, "questions in a scoring pass: changes memory, not results")
+    temperature: float = setting(1.0, "of sampling; evaluation is greedy")
+    lr: float = setting(1e-6, "learning rate of AdamW, constant")
+    clip: float = setting(0.2, "epsilon of the clipped ratio")
+    kl: float = setting(0.001, "weight of the KL term; 0 keeps no reference model in memory")
+    sigma: float | None = setting(None, "width of the Gaussian, in ranks; default 1000/7473 of N")
+    curriculum_step: float | None = setting(
+        None, "n, the unit of the mean's move, in ranks; default 500/7473 of N"
+    )
+    target: float = setting(0.5, "beta, the accuracy above which accuracy moves the mean forward")
+    alpha: float = setting(2.0, "weight of the accuracy in the mean's move")
+    gamma: float = setting(2.0, "weight of the angle in the mean's move")
+    seed: int = setting(0, "of the draws and the sampling")
+    device: str = setting(
+        "cuda" if torch.cuda.is_available() else "cpu", "cpu, cuda, cuda:1, mps; default: a GPU"
+    )
+    eval_every: int = setting(50, "steps between evaluations")
+    eval_examples: int = setting(512, "test questions in an evaluation: the first ones")
+    checkpoint_every: int = setting(10, "steps between checkpoints")
+    run_dir: str | None = setting(None, "where the run is kept; runs/PRESET-CURRICULUM-SEED")
+    resume: str | None = setting(None, "a run directory to continue, with its own settings")
 
     def __post_init__(self):
-        if self.preset is None:
-            named = isinstance(self.model, str) or isinstance(self.dataset, str)
-            self.preset = "gsm8k" if named or torch.cuda.is_available() else "tiny"
-        for name, known in (("preset", PRESETS), ("curriculum", CURRICULA)):
-            if getattr(self, name) not in known:
-                raise ValueError(f"--{name} {getattr(self, name)}: choose from {', '.join(known)}")
-        least = {"steps": 0, "seed": 0, "kl": 0, "completions_per_prompt": 2}
-        for name, kind in type(self).__annotations__.items():
-            value, low = getattr(self, name), least.get(name, 1 if kind is int else 1e-12)
-            if isinstance(value, tuple):
-                value = value[PRESETS.index(self.preset)]
-                setattr(self, name, value)
-            if kind is not str and not low <= value < math.inf:
-                raise ValueError(f"--{name.replace('_', '-')} {value}: must be {low} or more")
-        if self.model == TINY_WORLD != self.dataset:
-            raise ValueError("the tiny world's model knows no other words: name a --model as well")
-        default = f"runs/{self.preset}-{self.curriculum}-{self.seed}"
-        self.run_dir = self.resume or self.run_dir or default
+        if self.resume:
+            self.run_dir = self.resume
+        elif not self.run_dir:
+            self.run_dir = f"runs/{self.preset}-{self.curriculum}-{self.seed}"
 
 
-# --- The signal: angle concentration (paper, section 3) -------------------------------------------
-# For Y = XW, tokens x_i and upstream gradients g_i, |dL/dW|_F^2 = sum_ij (x_i.x_j)(g_i.g_j).
-# Layer norms fix |x_i|, so what a prompt itself brings to its gradient is its tokens' angles.
+def check(config):
+    """ValueError for the first setting that has no meaning, under the name of its flag."""
+
+    def positive(value):
+        return 0 < value < math.inf
+
+    step, sigma = config.curriculum_step, config.sigma
+    rules = [
+        ("preset", config.preset in PRESETS, "one of " + ", ".join(PRESETS)),
+        ("curriculum", config.curriculum in CURRICULA, "one of " + ", ".join(CURRICULA)),
+        ("steps", config.steps >= 0, "0 or more"),
+        ("prompts_per_step", config.prompts_per_step >= 1, "1 or more"),
+        ("completions_per_prompt", config.completions_per_prompt >= 2, "2 or more, to compare"),
+        ("updates", config.updates >= 1, "1 or more"),
+        ("max_new_tokens", config.max_new_tokens >= 1, "1 or more"),
+        ("micro_batch", config.micro_batch >= 1, "1 or more"),
+        ("score_batch", config.score_batch >= 1, "1 or more"),
+        ("temperature", positive(config.temperature), "above 0"),
+        ("lr", positive(config.lr), "above 0"),
+        ("clip", positive(config.clip), "above 0"),
+        ("kl", 0 <= config.kl < math.inf, "0 or more"),
+        ("sigma", sigma is None or positive(sigma), "above 0"),
+        ("curriculum_step", step is None or positive(step), "above 0"),
+        ("target", 0 <= config.target <= 1, "between 0 and 1"),
+        ("alpha", 0 <= config.alpha < math.inf, "0 or more"),
+        ("gamma", 0 <= config.gamma < math.inf, "0 or more"),
+        ("seed", config.seed >= 0, "0 or more"),
+        ("eval_every", config.eval_every >= 1, "1 or more"),
+        ("eval_examples", config.eval_examples >= 1, "1 or more"),
+        ("checkpoint_every", config.checkpoint_every >= 1, "1 or more"),
+    ]
+    for name, holds, wanted in rules:
+        if not holds:
+            raise ValueError(f"{flag(name)} {getattr(config, name)}: must be {wanted}")
+    if config.model == TINY_WORLD and config.dataset != TINY_WORLD:
+        raise ValueError("the tiny world's model knows no other words: name a --model as well")
+
+
+def flag(name):
+    return "--" + name.replace("_", "-")
+
+
+# --- 3. The signal: angle concentration (paper, section 3) ----------------------------------------
+# To copy this section, take along:
+#     import copy, os
+#     from collections import namedtuple
+#     import torch
+#     import torch.nn.functional as F
+#     from tqdm import tqdm
+#
+# For a linear layer Y = X W with token rows x_i and upstream gradients g_i,
+#     |dL/dW|_F^2 = sum_ij (x_i . x_j)(g_i . g_j).
+# Layer norms fix |x_i|, so what a prompt itself brings to its gradient is the angles of its tokens.
+
+# One prompt: ids[:start] is the prefix, the same for all questions (system prompt and example);
+# ids[start:end] is the question; ids[end:] closes the user's turn.
+Prompt = namedtuple("Prompt", "ids start end")
 Scores = namedtuple("Scores", "intra inter angle tokens")
 
 
 def angle_concentration(hidden, prefix_mask, question_mask, include_self=True):
     """C_intra and C_inter of the paper (section 3): two float32 tensors (B,), within [-1, 1].
+
         C_intra = mean of cos(theta_ij) over i, j in the question
         C_inter = mean of cos(theta_ij) over i in the question, j in the prefix
+
     hidden: (B, T, D), any float dtype. Masks: (B, T), bool or 0/1 of any dtype, disjoint; padding,
-    on either side, is in neither. A zero vector has cosine 0 with all; C_inter without prefix is 0.
-    include_self=False leaves out the i = j pairs. They add (1 - c)/L to the mean c of the others in
-    L tokens and so favour short questions. A question of one token then has C_intra 0.
+    on either side, is in neither. A zero vector has cosine 0 with all. Without prefix C_inter is 0.
+    include_self=False leaves out the i = j pairs. To the mean c of the other pairs of k tokens they
+    add (1 - c)/k, and so favour short questions. A question of one token then has C_intra 0.
     ValueError names a row without a question token."""
     prefix_mask, question_mask = prefix_mask.bool(), question_mask.bool()
-    if len(bad := (~question_mask.any(1)).nonzero()):
-        raise ValueError(f"row {bad[0].item()} has no question token")
-    unit = F.normalize(hidden.float(), dim=-1)  # float32: bfloat16 sums change ranks
-    prefix = unit.masked_fill(~prefix_mask[..., None], 0).sum(1)  # a fill: padding may hold NaN
-    unit = unit.masked_fill(~question_mask[..., None], 0)
-    question, n, m = unit.sum(1), prefix_mask.sum(1), question_mask.sum(1)
+    empty_rows = (~question_mask.any(1)).nonzero()
+    if len(empty_rows):
+        raise ValueError(f"row {empty_rows[0].item()} has no question token")
+    u = F.normalize(hidden.float(), dim=-1)  # in float32: sums in bfloat16 change ranks
+    # Fill rather than multiply: padding may hold NaN.
+    u_prefix = u.masked_fill(~prefix_mask[..., None], 0)
+    u_question = u.masked_fill(~question_mask[..., None], 0)
+    n_prefix = prefix_mask.sum(1)
+    n_question = question_mask.sum(1)
     # sum_ij cos(theta_ij) = |sum_i u_i|^2: O(T D), where a T x T matrix takes O(T^2 D).
-    intra, pairs = question.square().sum(1), m * m
+    prefix_sum = u_prefix.sum(1)
+    question_sum = u_question.sum(1)
+    intra = question_sum.square().sum(1)
+    n_pairs = n_question * n_question
     if not include_self:
-        intra, pairs = intra - unit.square().sum((1, 2)), m * (m - 1)
-    intra = torch.where(pairs > 0, intra / pairs, 0.0)
-    inter = (question * prefix).sum(1) / (m * n).clamp(min=1)
+        intra = intra - u_question.square().sum((1, 2))
+        n_pairs = n_question * (n_question - 1)
+    intra = torch.where(n_pairs > 0, intra / n_pairs, 0.0)
+    inter = (question_sum * prefix_sum).sum(1) / (n_question * n_prefix).clamp(min=1)
     return intra.clamp(-1, 1), inter.clamp(-1, 1)
 
 
+def run_body(model, ids, attention_mask=None, position_ids=None, cache=None):
+    """The hidden states after the final norm, (B, T, D), which enter `lm_head`, and the cache of
+    keys and values that now holds these tokens too.
+
+    The body is the model without its head. It is called by keyword, because the order of the
+    arguments differs between models. ids: (B, T); attention_mask: (B, cached tokens + T)."""
+    output = model.base_model(
+        input_ids=ids,
+        attention_mask=attention_mask,
+        position_ids=position_ids,
+        past_key_values=cache,
+        use_cache=True,
+    )
+    return output.last_hidden_state, output.past_key_values
+
+
+def mixed_precision(device):
+    """A context in which a GPU multiplies matrices in bfloat16, if its hardware can; the weights
+    stay float32, because bfloat16 would round away updates of 1e-6. Keep it around whole passes
+    (weights are cast once in it) and never around an optimizer step (casts would be stale)."""
+    enabled = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
+
+
 @torch.no_grad()
-def score_prompts(model, tokenizer, questions, config):
-    """Scores of N questions (strings): C_intra, C_inter, angle (their sum C) and tokens (the
-    question's length), each (N,) on the CPU. ValueError names a question whose score is not finite.
-    One prefill of the body, up to the question's last token: later ones cannot change its states.
-    What all prompts begin with runs once. Questions of one length share a batch, unpadded."""
-    prompts, device = encode_prompts(tokenizer, questions), model.device
-    shared = os.path.commonprefix([prompt.ids[: prompt.start] for prompt in prompts])
-    states, kept = model.base_model(torch.tensor([shared], device=device), use_cache=True)[:2]
-    intra, inter = torch.zeros(2, len(prompts))
-    for end in tqdm(sorted({p.end for p in prompts}), desc="scoring", unit="length", leave=False):
-        alike = torch.tensor([i for i, p in enumerate(prompts) if p.end == end])
-        for rows in alike.split(config.score_batch):
-            batch = [prompts[i] for i in rows]
-            ids = torch.tensor([p.ids[len(shared) : end] for p in batch], device=device)
-            cache = copy.deepcopy(kept)
-            cache.batch_repeat_interleave(len(batch))
-            hidden = model.base_model(ids, None, None, cache, use_cache=True)[0]
-            hidden = torch.cat([states.expand(len(batch), -1, -1), hidden], 1)
-            start = torch.tensor([[p.start] for p in batch], device=device)
-            before = torch.arange(end, device=device) < start
-            pair = angle_concentration(hidden, before, ~before, config.curriculum != UNBIASED)
-            intra[rows], inter[rows] = (c.cpu() for c in pair)
-    if len(bad := (~torch.isfinite(intra + inter)).nonzero()):
-        raise ValueError(f"question {bad[0].item()} has no finite score: {questions[bad[0]]:.60}")
-    return Scores(intra, inter, intra + inter, torch.tensor([p.end - p.start for p in prompts]))
+def score_prompts(model, prompts, batch_size=64, include_self=True):
+    """Scores of N Prompts: C_intra, C_inter, angle (their sum C) and tokens (the question's
+    length), each (N,) on the CPU. Unweighted sum: paper, section 3.
+
+    One forward pass of the body up to the question's last token: later tokens cannot change its
+    states. What all prompts begin with runs once, and its cache is copied. Questions of one length
+    share a batch, so nothing is padded. ValueError names a question whose score is not finite."""
+    device = model.device
+    n_prompts = len(prompts)
+    intra, inter = torch.zeros(n_prompts), torch.zeros(n_prompts)
+    shared_ids = os.path.commonprefix([prompt.ids[: prompt.start] for prompt in prompts])
+    rows_by_end = {}
+    for row, prompt in enumerate(prompts):
+        rows_by_end.setdefault(prompt.end, []).append(row)
+
+    with mixed_precision(device):
+        shared_hidden, shared_cache = run_body(model, torch.tensor([shared_ids], device=device))
+        for end in tqdm(sorted(rows_by_end), desc="scoring", unit="length", leave=False):
+            for rows in torch.tensor(rows_by_end[end]).split(batch_size):
+                batch = [prompts[row] for row in rows]
+                ids = [prompt.ids[len(shared_ids) : end] for prompt in batch]
+                cache = copy.deepcopy(shared_cache)
+                cache.batch_repeat_interleave(len(batch))
+                hidden, _ = run_body(model, torch.tensor(ids, device=device), cache=cache)
+                hidden = torch.cat([shared_hidden.expand(len(batch), -1, -1), hidden], dim=1)
+                starts = torch.tensor([prompt.start for prompt in batch], device=device)
+                prefix_mask = torch.arange(end, device=device) < starts[:, None]
+                batch_intra, batch_inter = angle_concentration(
+                    hidden, prefix_mask, ~prefix_mask, include_self
+                )
+                intra[rows] = batch_intra.cpu()
+                inter[rows] = batch_inter.cpu()
+
+    not_finite = (~torch.isfinite(intra + inter)).nonzero()
+    if len(not_finite):
+        raise ValueError(f"the score of question {not_finite[0].item()} is not finite")
+    tokens = torch.tensor([prompt.end - prompt.start for prompt in prompts])
+    return Scores(intra, inter, intra + inter, tokens)
 
 
-# --- The curriculum (paper, section 4) ------------------------------------------------------------
+def spearman(x, y):
+    """Spearman's rank correlation of two (N,) tensors, where ties share their mean rank; 0 if x or
+    y is constant."""
+    ranks = []
+    for values in (x, y):
+        in_order = values.msort()
+        n_below = torch.searchsorted(in_order, values)
+        n_below_or_equal = torch.searchsorted(in_order, values, right=True)
+        ranks.append((n_below + n_below_or_equal).double())  # twice the mean rank
+    return torch.corrcoef(torch.stack(ranks))[0, 1].nan_to_num().item()
+
+
+# --- 4. The curriculum (paper, section 4) ---------------------------------------------------------
+# To copy this section, take along:
+#     import math
+#     import torch
+
+
 class GaussianCurriculum(torch.utils.data.Sampler):
     """Batches of data-set indices from a Gaussian that moves down the order of the scores.
-    scores: (N,), highest first in `.order`, ties by index. step and sigma: shares of N (sigma = inf
-    draws uniformly). Iterating yields batches without end: a `batch_sampler`. ValueError for
-    N < batch_size and for a score that is not finite."""
+
+    scores: (N,); `.order` has the highest first, ties by index. step (the paper's n) and sigma are
+    in ranks. None is 500/7473 and 1000/7473 of N, the constants of the authors' code for GSM8K; the
+    sources differ on them (README, "The arms"). sigma = inf draws uniformly. target is the paper's
+    beta. Iterating yields batches without end: a `batch_sampler`.
+    ValueError for N < batch_size, for a score that is not finite, and for a step or sigma that is
+    not above 0."""
 
     def __init__(
-        self, scores, batch_size, *, step=STEP, sigma=SIGMA, target=0.5, alpha=2, gamma=2, seed=0
+        self,
+        scores,
+        batch_size,
+        *,
+        step=None,
+        sigma=None,
+        target=0.5,
+        alpha=2.0,
+        gamma=2.0,
+        seed=0,
     ):
         scores = torch.as_tensor(scores)
-        if len(bad := (~torch.isfinite(scores)).nonzero()):
-            raise ValueError(f"score {bad[0].item()} is not finite")
+        not_finite = (~torch.isfinite(scores)).nonzero()
+        if len(not_finite):
+            raise ValueError(f"score {not_finite[0].item()} is not finite")
         if not 1 <= batch_size <= len(scores):
             raise ValueError(f"only {len(scores)} questions: lower --prompts-per-step {batch_size}")
         self.order = scores.argsort(descending=True, stable=True)
-        self.batch_size, self.mean = batch_size, 0.0
-        self.step, self.sigma = step * len(scores), sigma * len(scores)
+        self.batch_size = batch_size
+        self.mean = 0.0
+        self.step = 500 / 7473 * len(scores) if step is None else step
+        self.sigma = 1000 / 7473 * len(scores) if sigma is None else sigma
+        if not (self.step > 0 and self.sigma > 0):
+            raise ValueError(f"step {self.step} and sigma {self.sigma} must be above 0")
         self.target, self.alpha, self.gamma = target, alpha, gamma
         self.generator = torch.Generator().manual_seed(seed)
 
     def log_density(self):
-        position = torch.arange(len(self.order), dtype=torch.float64)
-        return -0.5 * ((position - self.mean) / self.sigma) ** 2
+        rank = torch.arange(len(self.order), dtype=torch.float64)
+        return -0.5 * ((rank - self.mean) / self.sigma) ** 2
 
     def probabilities(self):
-        """(N,) float64 over positions in the order; sums to 1 also where every density is 0."""
+        """(N,) float64 over ranks; sums to 1 even where every density rounds to 0."""
         return self.log_density().softmax(0)
 
     def sample(self):
-        """batch_size distinct indices, by Gumbel top-k: the largest of log p + Gumbel noise."""
-        noise = torch.empty(len(self.order), dtype=torch.float64)
-        gumbel = -noise.exponential_(generator=self.generator).log()
-        return self.order[(self.log_density() + gumbel).topk(self.batch_size).indices].tolist()
+        """batch_size distinct indices. Gumbel top-k: the largest of log p + Gumbel noise are a draw
+        without replacement, and logarithms cannot underflow however far away the mean is."""
+        exponential = torch.empty(len(self.order), dtype=torch.float64)
+        exponential.exponential_(generator=self.generator)
+        gumbel = -exponential.log()
+        ranks = (self.log_density() + gumbel).topk(self.batch_size).indices
+        return self.order[ranks].tolist()
 
     def __iter__(self):
         while True:
             yield self.sample()
 
     def update(self, accuracy, angle):
-        """Move the mean by the accuracy (0 to 1) and the mean C of the batch just trained on.
-            mu <- mu + n S(alpha (accuracy - target)) + n S(gamma angle),  S(z) = 2 sigmoid(2z) - 1,
-        where S(z) = tanh z. Never backwards, as in the authors' code; never past the last position,
+        """Move the mean by the accuracy (0 to 1) and the mean C of the batch just trained on:
+
+            mu <- mu + n S(alpha (accuracy - beta)) + n S(gamma angle),   S(z) = 2 sigmoid(2z) - 1
+
+        where S(z) = tanh(z). Never backwards, as in the authors' code; never past the last rank,
         unlike it. Returns the mean. ValueError for NaN and for an accuracy outside [0, 1]."""
         if not (0 <= accuracy <= 1 and math.isfinite(angle)):
             raise ValueError(f"accuracy {accuracy} must be in [0, 1] and angle {angle} finite")
@@ -210,53 +394,103 @@ class GaussianCurriculum(torch.utils.data.Sampler):
         self.generator.set_state(state["generator"])
 
 
-# --- The task: GSM8K's prompts, answers and reward ------------------------------------------------
+def make_curriculum(config, scores):
+    """The GaussianCurriculum of config.curriculum. The arms differ in what is sorted, and `uniform`
+    in a Gaussian without end; `angle-unbiased` has scores without the i = j pairs."""
+    random_order = torch.randperm(
+        len(scores.angle), generator=torch.Generator().manual_seed(config.seed)
+    )
+    sort_by = {
+        "angle": scores.angle,
+        "angle-unbiased": scores.angle,
+        "length": -scores.tokens,  # short questions first
+        "shuffled": random_order,
+        "reversed": -scores.angle,
+        "uniform": scores.angle,
+    }
+    return GaussianCurriculum(
+        sort_by[config.curriculum],
+        config.prompts_per_step,
+        step=config.curriculum_step,
+        sigma=math.inf if config.curriculum == "uniform" else config.sigma,
+        target=config.target,
+        alpha=config.alpha,
+        gamma=config.gamma,
+        seed=config.seed,
+    )
+
+
+# --- 5. The task: prompts, answers, reward --------------------------------------------------------
+# To copy this section, take along:
+#     import re
+#     from collections import namedtuple
+#     Prompt = namedtuple("Prompt", "ids start end")   # section 3 says what they are
 SYSTEM_PROMPT = "Solve the problem step by step. Write the final number as \\boxed{number}."
-EXAMPLE = ("What is 2+2?", "2 + 2 = 4. The answer is \\boxed{4}.")
+EXAMPLE_QUESTION = "What is 2+2?"
+EXAMPLE_ANSWER = "2 + 2 = 4. The answer is \\boxed{4}."
 PLACEHOLDER = "\ue000"  # a private-use character: in no template and no question
-Prompt = namedtuple("Prompt", "ids start end")  # ids[:start] prefix, ids[start:end] the question
 
 
 def build_messages(question):
     """The chat of one question: system prompt and one-shot example (the prefix), then itself."""
-    chat = zip(("system", "user", "assistant", "user"), (SYSTEM_PROMPT, *EXAMPLE, question))
-    return [{"role": role, "content": text} for role, text in chat]
+    return [
+        {"role": "system", "content": SYSTEM_PROMPT},
+        {"role": "user", "content": EXAMPLE_QUESTION},
+        {"role": "assistant", "content": EXAMPLE_ANSWER},
+        {"role": "user", "content": question},
+    ]
 
 
 def render_template(tokenizer):
-    """The texts before and after a question. A template that refuses or drops the system role gets
-    its text in the first user turn. ValueError for a tokenizer without template or offsets."""
-    if not (tokenizer.is_fast and tokenizer.chat_template):
-        lacks = "chat template: use an instruct model" if tokenizer.is_fast else "character offsets"
-        raise ValueError(f"the tokenizer of {tokenizer.name_or_path} has no {lacks}")
-    system, user, *rest = build_messages(PLACEHOLDER)
-    merged = {"role": "user", "content": f"{SYSTEM_PROMPT}\n\n{user['content']}"}
-    for chat in ([system, user, *rest], [merged, *rest]):
+    """The texts before and after a question, (head, tail), by the tokenizer's chat template.
+
+    A template that refuses or drops the system role gets its text in the first user turn. Thinking
+    is off (templates without such a switch ignore it): the completion is to be the answer.
+    ValueError for a tokenizer without template or offsets, and for a template that fails."""
+    name = tokenizer.name_or_path
+    if not tokenizer.is_fast:
+        raise ValueError(f"the tokenizer of {name} has no character offsets")
+    if not tokenizer.chat_template:
+        raise ValueError(f"the tokenizer of {name} has no chat template: use an instruct model")
+    system, first_turn, *other_turns = build_messages(PLACEHOLDER)
+    merged_turn = {"role": "user", "content": f"{SYSTEM_PROMPT}\n\n{first_turn['content']}"}
+    for chat in ([system, first_turn, *other_turns], [merged_turn, *other_turns]):
         try:
-            text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+            text = tokenizer.apply_chat_template(
+                chat, tokenize=False, add_generation_prompt=True, enable_thinking=False
+            )
         except jinja2.TemplateError:
             continue
         if SYSTEM_PROMPT in text and text.count(PLACEHOLDER) == 1:
-            return text.split(PLACEHOLDER)
-    raise ValueError(f"the template of {tokenizer.name_or_path} loses the prompt")
+            head, tail = text.split(PLACEHOLDER)
+            return head, tail
+    raise ValueError(f"the chat template of {name} loses the system prompt or the question")
+
+
+def encode_prompts(tokenizer, questions, template=None):
+    """The Prompt of each question (strings). template: (head, tail) as render_template gives them,
+    which it is asked for if None."""
+    head, tail = template or render_template(tokenizer)
+    texts = [head + question.strip() + tail for question in questions]
+    encoding = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
+    prompts = []
+    for text, ids, offsets in zip(texts, encoding["input_ids"], encoding["offset_mapping"]):
+        start, end = question_span(offsets, len(head), len(text) - len(tail))
+        prompts.append(Prompt(ids, start, end))
+    return prompts
 
 
 def question_span(offsets, begin, end):
-    """(first, last + 1) of the tokens that touch characters [begin, end); ValueError if none."""
-    touching = [k for k, (b, e) in enumerate(offsets) if b < end and e > begin]
+    """(first, last + 1) of the tokens that touch characters [begin, end); ValueError if none.
+    offsets: the (begin, end) characters of each token."""
+    touching = [
+        token
+        for token, (token_begin, token_end) in enumerate(offsets)
+        if token_begin < end and token_end > begin
+    ]
     if not touching:
         raise ValueError("the tokenizer makes no token of the question")
     return touching[0], touching[-1] + 1
-
-
-def encode_prompts(tokenizer, questions):
-    """The Prompt of each question (strings)."""
-    head, tail = render_template(tokenizer)
-    texts = [head + question.strip() + tail for question in questions]
-    coded = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
-    ends = [len(text) - len(tail) for text in texts]
-    spans = (question_span(o, len(head), end) for o, end in zip(coded["offset_mapping"], ends))
-    return [Prompt(ids, *span) for ids, span in zip(coded["input_ids"], spans)]
 
 
 ANSWER = re.compile(r"\\boxed\s*\{((?:[^{}]|\{[^{}]*\})*)\}|####([^\n]*)")
@@ -280,252 +514,358 @@ def extract_answer(text):
 
 def reward(completion, gold):
     """1.0 if the completion's answer is the gold one (the data set's `answer` field), else 0.0."""
-    return float(extract_answer(completion) in {extract_answer(gold)} - {None})
+    answer = extract_answer(completion)
+    return float(answer is not None and answer == extract_answer(gold))
 
 
-def load_problems(tokenizer, source, split, longest):
-    """Rows of question and answer of SOURCE/split.jsonl or a hub data set, with their "index" and
-    "prompt", if it has at most `longest` tokens. ValueError names file and line of a bad row."""
-    path = Path(source, f"{split}.jsonl")
-    try:
-        local = Path(source).is_dir()
-        rows = path.read_bytes().splitlines() if local else None
-        rows = rows if local else list(datasets.load_dataset(source, "main", split=split))
-    except Exception as error:  # the hub fails in too many ways to list
-        raise ValueError(f"cannot read {path}: check folder or network ({error!r:.300})") from error
-    for k, row in enumerate(rows := rows or [None]):
-        try:
-            rows[k] = row = json.loads(row) if isinstance(row, bytes) else row
-            usable = row["question"].strip() and extract_answer(row["answer"])
-        except (ValueError, TypeError, KeyError, AttributeError):
-            usable = False
-        if not usable:
-            raise ValueError(f"{path}:{k + 1} needs a question and a numeric answer: {row!s:.99}")
-    prompts = enumerate(encode_prompts(tokenizer, [row["question"] for row in rows]))
-    kept = [rows[k] | {"index": k, "prompt": p} for k, p in prompts if len(p.ids) <= longest]
-    if not kept:
-        raise ValueError(f"no {split} prompt fits into the model's context: lower --max-new-tokens")
-    if len(kept) < len(rows):
-        print(f"dropped {len(rows) - len(kept)} of {len(rows)} {split} prompts: over the context")
-    return kept
+# --- 6. GRPO: completions, log-probabilities, advantages, loss ------------------------------------
+# To copy this section, take along:
+#     import math
+#     from collections import namedtuple
+#     import torch
+#     import torch.nn.functional as F
+#     from gainrl import angle_concentration, mixed_precision, run_body   # section 3
+LOGIT_CHUNK = 256  # tokens whose logits are in memory at once
+
+# B = P G completions: ids and attention_mask (B, T) of prompt and completion; completion_mask
+# (B, T - prompt), which includes the end token; B texts; angle, the mean C of the P prompts.
+Rollout = namedtuple("Rollout", "ids attention_mask completion_mask texts angle")
 
 
-# --- GRPO: completions, log-probabilities, advantages, loss ---------------------------------------
-# B = P*G completions of up to L tokens after prompts of T: ids and attention_mask (B, T+L), mask
-# (B, L) of the completion with its end token, B texts, and the mean C of the prompts as angle.
-CHUNK = 256  # tokens whose logits are held at once
-Completions = namedtuple("Completions", "ids attention_mask mask texts angle")
+def left_pad(prompts):
+    """P Prompts as one batch whose rows end together: ids, attention_mask, prefix_mask and
+    question_mask, each (P, T) on the CPU; the masks are bool."""
+    longest = max(len(prompt.ids) for prompt in prompts)
+    ids = torch.zeros(len(prompts), longest, dtype=torch.long)
+    attention_mask = torch.zeros(ids.shape, dtype=torch.bool)
+    prefix_mask = torch.zeros(ids.shape, dtype=torch.bool)
+    question_mask = torch.zeros(ids.shape, dtype=torch.bool)
+    for row, prompt in enumerate(prompts):
+        first = longest - len(prompt.ids)
+        ids[row, first:] = torch.tensor(prompt.ids)
+        attention_mask[row, first:] = True
+        prefix_mask[row, first : first + prompt.start] = True
+        question_mask[row, first + prompt.start : first + prompt.end] = True
+    return ids, attention_mask, prefix_mask, question_mask
+
+
+def end_tokens(model, tokenizer):
+    """The tokens that end a completion, (E,) on the model's device."""
+    ends = model.generation_config.eos_token_id
+    if ends is None:
+        ends = tokenizer.eos_token_id
+    return torch.tensor([ends], device=model.device).flatten()
+
+
+def choose_token(logits, temperature, generator):
+    """The next token of each row, (B, 1): drawn by `generator`, or the likeliest without one."""
+    probabilities = (logits.float() / temperature).softmax(-1)
+    if generator is None:
+        return probabilities.argmax(-1, keepdim=True)
+    return probabilities.multinomial(1, generator=generator)
 
 
 @torch.no_grad()
-def generate(model, tokenizer, prompts, config, samples=1, generator=None):
-    """`samples` Completions of each of P prompts at config.temperature, drawn from `generator`, or
-    the greedy one without it. Prompts are prefilled once, their keys and values repeated. Of the
-    model's generation_config only the end tokens count. FloatingPointError for a C not finite."""
-    body, head, device = model.base_model, model.get_output_embeddings(), model.device
-    ends = model.generation_config.eos_token_id
-    ends = torch.tensor([tokenizer.eos_token_id if ends is None else ends], device=device).flatten()
-    width = max(len(p.ids) for p in prompts)
-    ids = torch.tensor([[0] * (width - len(p.ids)) + p.ids for p in prompts], device=device)
-    spans = [[len(p.ids) - width, p.start, p.end] for p in prompts]
-    first, start, end = torch.tensor(spans, device=device).T[..., None]
-    position = torch.arange(width, device=device) + first  # counts real tokens: padding is below 0
-    mask, before = position >= 0, position < start
-    question = mask & ~before & (position < end)
-    hidden, cache = body(ids, mask, position.clamp(min=0), use_cache=True)[:2]
-    pair = angle_concentration(hidden, mask & before, question, config.curriculum != UNBIASED)
-    angle = sum(pair).mean().item()
-    if not math.isfinite(angle):
-        raise FloatingPointError("the model's hidden states are not finite")
-    cache.batch_repeat_interleave(samples)
-    hidden, ids, mask = (x.repeat_interleave(samples, 0) for x in (hidden[:, -1:], ids, mask))
-    alive = torch.ones_like(mask[:, :1])
-    for _ in range(config.max_new_tokens):
-        p = (head(hidden[:, -1]).float() / config.temperature).softmax(-1)
-        token = p.multinomial(1, generator=generator) if generator else p.argmax(1, keepdim=True)
-        ids, mask = torch.cat([ids, token], 1), torch.cat([mask, alive], 1)
-        alive = alive & ~torch.isin(token, ends)
-        if not alive.any():
-            break
-        position = mask.sum(1, keepdim=True) - 1
-        hidden = body(token, mask, position, cache, use_cache=True)[0]  # by position: names vary
-    kept = [row[keep].tolist() for row, keep in zip(ids[:, width:], mask[:, width:])]
-    texts = tokenizer.batch_decode(kept, skip_special_tokens=True)
-    return Completions(ids, mask, mask[:, width:], texts, angle)
+def generate(model, tokenizer, prompts, config, samples=1, generator=None, include_self=True):
+    """A Rollout: `samples` completions of each of P Prompts at config.temperature, drawn from
+    `generator`; or, without one, the greedy completion, with angle None: only training needs it.
+
+    Each prompt runs once, and its keys and values are repeated. Of the model's generation_config
+    only the end tokens count: top_k, top_p or a penalty would make the log-probs of the samples
+    wrong. FloatingPointError if the hidden states are not finite."""
+    padded = [tensor.to(model.device) for tensor in left_pad(prompts)]
+    ids, attention_mask, prefix_mask, question_mask = padded
+    prompt_length = ids.shape[1]
+    position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)  # padding does not count
+    lm_head = model.get_output_embeddings()
+    ends = end_tokens(model, tokenizer)
+    angle = None
+    with mixed_precision(model.device):
+        hidden, cache = run_body(model, ids, attention_mask, position_ids)
+        if not hidden[:, -1].isfinite().all():
+            raise FloatingPointError("the model's hidden states are not finite")
+        if generator is not None:
+            intra, inter = angle_concentration(hidden, prefix_mask, question_mask, include_self)
+            angle = (intra + inter).mean().item()
+
+        cache.batch_repeat_interleave(samples)
+        ids = ids.repeat_interleave(samples, dim=0)
+        attention_mask = attention_mask.repeat_interleave(samples, dim=0)
+        hidden = hidden[:, -1:].repeat_interleave(samples, dim=0)
+        alive = torch.ones_like(attention_mask[:, :1])  # rows that have not ended
+        for _ in range(config.max_new_tokens):
+            token = choose_token(lm_head(hidden[:, -1]), config.temperature, generator)
+            ids = torch.cat([ids, token], dim=1)
+            attention_mask = torch.cat([attention_mask, alive], dim=1)
+            alive = alive & ~torch.isin(token, ends)
+            if not alive.any():
+                break
+            position_ids = attention_mask.sum(1, keepdim=True) - 1
+            hidden, cache = run_body(model, token, attention_mask, position_ids, cache)
+
+    completion_ids, completion_mask = ids[:, prompt_length:], attention_mask[:, prompt_length:]
+    completions = [row[mask].tolist() for row, mask in zip(completion_ids, completion_mask)]
+    texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
+    return Rollout(ids, attention_mask, completion_mask, texts, angle)
 
 
 def completion_logprobs(model, ids, attention_mask, completion_length, temperature, samples=1):
-    """log pi of the last `completion_length` of T tokens: float32 (B, completion_length), under the
-    temperature that sampled them. Every `samples` rows have one prompt, whose keys and values are
-    computed once, with their gradient. CHUNK tokens at a time, and again in the backward pass:
-    the float32 logits of all tokens, (B, T, vocabulary), would take gigabytes."""
-    body, head, L = model.base_model, model.get_output_embeddings(), completion_length
-    positions = (attention_mask.cumsum(1) - 1).clamp(min=0)
+    """log pi of the last `completion_length` tokens of each row under the temperature that sampled
+    them: float32 (B, completion_length).
 
-    def logprobs(hidden, targets):
-        return -F.cross_entropy(head(hidden).float() / temperature, targets, reduction="none")
+    ids, attention_mask: (B, T). Every `samples` rows share one prompt, whose keys and values are
+    computed once, with their gradient. The logits of LOGIT_CHUNK tokens are made at a time, and
+    once more in the backward pass: all of them, (B, T, vocabulary) in float32, are gigabytes."""
+    lm_head = model.get_output_embeddings()
+    position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)
+    prompt_length = ids.shape[1] - completion_length
 
-    prompt = (x[::samples, :-L] for x in (ids, attention_mask, positions))
-    hidden, cache = body(*prompt, use_cache=True)[:2]
-    cache.batch_repeat_interleave(samples)
-    rest = body(ids[:, -L:], attention_mask, positions[:, -L:], cache, use_cache=True)[0]
-    hidden = torch.cat([hidden[:, -1:].repeat_interleave(samples, 0), rest[:, :-1]], 1)
-    parts = zip(hidden.flatten(0, 1).split(CHUNK), ids[:, -L:].flatten().split(CHUNK))
-    parts = [torch.utils.checkpoint.checkpoint(logprobs, *x, use_reentrant=False) for x in parts]
-    return torch.cat(parts).view(len(ids), L)
+    def token_logprobs(hidden, targets):
+        logits = lm_head(hidden).float() / temperature
+        return -F.cross_entropy(logits, targets, reduction="none")
+
+    with mixed_precision(model.device):
+        prompt_hidden, cache = run_body(
+            model,
+            ids[::samples, :prompt_length],
+            attention_mask[::samples, :prompt_length],
+            position_ids[::samples, :prompt_length],
+        )
+        cache.batch_repeat_interleave(samples)
+        completion_hidden, _ = run_body(
+            model, ids[:, prompt_length:], attention_mask, position_ids[:, prompt_length:], cache
+        )
+        # A token is predicted by the state before it: the first one by the prompt's last state.
+        last_of_prompt = prompt_hidden[:, -1:].repeat_interleave(samples, dim=0)
+        hidden = torch.cat([last_of_prompt, completion_hidden[:, :-1]], dim=1)
+        hidden_chunks = hidden.flatten(0, 1).split(LOGIT_CHUNK)
+        target_chunks = ids[:, prompt_length:].flatten().split(LOGIT_CHUNK)
+        logprobs = [
+            torch.utils.checkpoint.checkpoint(token_logprobs, *chunk, use_reentrant=False)
+            for chunk in zip(hidden_chunks, target_chunks)
+        ]
+    return torch.cat(logprobs).view(len(ids), completion_length)
 
 
 def group_advantages(rewards):
-    """z-scores within each group, (P, G) to (P, G); exactly 0 where all rewards are equal."""
+    """z-scores within each group, (P, G) to (P, G); exactly 0 where all rewards of a group are
+    equal: such a group teaches nothing. ValueError for groups of one."""
     if rewards.shape[1] < 2:
         raise ValueError("a group of one has no advantage: G must be 2 or more")
+    mean = rewards.float().mean(1, keepdim=True)
+    std = rewards.float().std(1, keepdim=True)
     flat = (rewards == rewards[:, :1]).all(1, keepdim=True)
-    std, mean = torch.std_mean(rewards.float(), 1, keepdim=True)
     return torch.where(flat, 0.0, (rewards - mean) / std)
 
 
 def grpo_loss(logprobs, old_logprobs, advantages, mask, clip=0.2, reference_logprobs=None, kl=0.0):
-    """Clipped policy loss with an optional KL penalty: (loss, stats). advantages (B,), rest (B, L).
+    """Clipped policy loss with an optional KL penalty: (loss, stats).
+
         loss = mean over the mask of -min(r A, clamp(r, 1 - clip, 1 + clip) A) + kl k3
         r = exp(logprobs - old_logprobs),  k3 = exp(d) - d - 1,  d = reference_logprobs - logprobs
-    k3 is never negative and unbiased. stats: the floats kl and clip_fraction. mask: bool, or 0/1 of
-    any dtype; what stands behind it, even an infinity, changes neither loss nor gradient."""
+
+    advantages: (B,), the rest (B, T); mask: bool or 0/1 of any dtype. What stands behind the mask,
+    even an infinity, changes neither loss nor gradient. k3 is never negative, and unbiased (the
+    "low-variance" estimator of the authors' scripts). stats: the floats kl and clip_fraction."""
     mask = mask.bool()
+    # Masked before exp: the gradient of exp(inf) would be NaN even where a later mask drops it.
+    log_ratio = torch.where(mask, logprobs - old_logprobs, 0.0)
 
-    def mean(x):
-        return torch.where(mask, x, 0.0).sum() / mask.sum().clamp(min=1)
+    def mean(values):
+        return torch.where(mask, values, 0.0).sum() / mask.sum().clamp(min=1)
 
-    # Masked before exp: a mask after it would leave 0 * inf = NaN in the gradient.
-    ratio = torch.exp(torch.where(mask, logprobs - old_logprobs, 0.0))
+    ratio = torch.exp(log_ratio)
     advantages = advantages[:, None]
-    clipped = ratio.clamp(1 - clip, 1 + clip) * advantages
-    loss = mean(-torch.minimum(ratio * advantages, clipped))
-    stats = {"kl": 0.0, "clip_fraction": mean((ratio * advantages > clipped).float()).item()}
+    clipped_ratio = ratio.clamp(1 - clip, 1 + clip)
+    loss = mean(-torch.minimum(ratio * advantages, clipped_ratio * advantages))
+    was_clipped = ratio * advantages > clipped_ratio * advantages
+    stats = {"kl": 0.0, "clip_fraction": mean(was_clipped.float()).item()}
     if reference_logprobs is not None:
         d = torch.where(mask, reference_logprobs - logprobs, 0.0)
         k3 = mean(torch.exp(d) - d - 1)
-        loss, stats["kl"] = loss + kl * k3, k3.item()
+        loss = loss + kl * k3
+        stats["kl"] = k3.item()
     return loss, stats
 
 
-def grpo_update(model, reference, optimizer, completions, advantages, config):
-    """config.updates gradient steps on a batch; the loss, grad_norm and stats of the last.
+def grpo_update(model, reference, optimizer, rollout, advantages, config):
+    """config.updates gradient steps on a Rollout; the loss, grad_norm, kl and clip_fraction of the
+    last one. advantages: (P, G). reference may be None if config.kl is 0.
+
     Micro-batches, weighted by their tokens, add up to the gradient of the whole batch.
     FloatingPointError, before its step is taken, for a loss or gradient that is not finite."""
-    ids, attention_mask, mask = completions[:3]
-    samples = math.gcd(config.micro_batch, config.completions_per_prompt)  # of one prompt, in a row
-    old = []  # for each micro-batch, log-probs of the policy that sampled
+    completion_mask = rollout.completion_mask
+    completion_length = completion_mask.shape[1]
+    advantages = advantages.flatten().to(rollout.ids.device)
+    # A micro-batch may begin or end within a group. Of gcd rows in line one can be sure that they
+    # share a prompt.
+    samples = math.gcd(config.micro_batch, config.completions_per_prompt)
+
+    def logprobs_of(policy, rows):
+        ids, attention_mask = rollout.ids[rows], rollout.attention_mask[rows]
+        return completion_logprobs(
+            policy, ids, attention_mask, completion_length, config.temperature, samples
+        )
+
+    old_logprobs = {}  # of the policy that sampled, by the first row of the micro-batch
     for _ in range(config.updates):
         stats = {"loss": 0.0, "kl": 0.0, "clip_fraction": 0.0}
-        for k, rows in enumerate(torch.arange(len(ids)).split(config.micro_batch)):
-            batch = ids[rows], attention_mask[rows], mask.shape[1], config.temperature, samples
-            logprobs = completion_logprobs(model, *batch)
-            with torch.no_grad():
-                anchor = completion_logprobs(reference, *batch) if config.kl else None
-            if k == len(old):  # in the first update the weights are those that sampled
-                old.append(logprobs.detach())
-            terms = logprobs, old[k], advantages[rows], mask[rows], config.clip, anchor, config.kl
-            (loss, part), share = grpo_loss(*terms), (mask[rows].sum() / mask.sum()).item()
+        for first in range(0, len(rollout.ids), config.micro_batch):
+            rows = slice(first, first + config.micro_batch)
+            logprobs = logprobs_of(model, rows)
+            reference_logprobs = None
+            if config.kl:
+                with torch.no_grad():
+                    reference_logprobs = logprobs_of(reference, rows)
+            if first not in old_logprobs:  # in the first update the weights are those that sampled
+                old_logprobs[first] = logprobs.detach()
+            loss, loss_stats = grpo_loss(
+                logprobs,
+                old_logprobs[first],
+                advantages[rows],
+                completion_mask[rows],
+                config.clip,
+                reference_logprobs,
+                config.kl,
+            )
+            share = (completion_mask[rows].sum() / completion_mask.sum()).item()
             (loss * share).backward()
-            stats = {n: stats[n] + share * x for n, x in {**part, "loss": loss.item()}.items()}
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
-        if not math.isfinite(norm + stats["loss"]):
-            raise FloatingPointError(f"loss {stats['loss']}, gradient {norm}: --lr is too high")
+            stats["loss"] += share * loss.item()
+            stats["kl"] += share * loss_stats["kl"]
+            stats["clip_fraction"] += share * loss_stats["clip_fraction"]
+        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
+        if not math.isfinite(grad_norm + stats["loss"]):
+            raise FloatingPointError(
+                f"loss {stats['loss']}, gradient norm {grad_norm}: --lr is too high"
+            )
         optimizer.step()
-        optimizer.zero_grad()  # now, so that sampling has the gradients' memory
-    return {**stats, "grad_norm": norm}
+        optimizer.zero_grad()  # now, so that sampling has the memory of the gradients
+    stats["grad_norm"] = grad_norm
+    return stats
 
 
-# --- The tiny world: a data set and a chat model made in code, then loaded like any other ---------
-NAMES = ["Ann", "Ben", "Cid", "Dee", "Eve", "Fay", "Gus", "Hal"]
-THINGS = ["apples", "birds", "cards", "dolls", "eggs", "figs"]
-DAYS = ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday"]
-VERBS = [["loses", "sells"], ["gets", "finds"]]
-TOP = 20  # numbers are 0 to TOP, a token each
-SPECIAL = ["<|endoftext|>", "<|im_end|>", "<|im_start|>"]
-TURN = "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
-CHATML = "{% for m in messages %}" + TURN + "{% endfor %}<|im_start|>assistant{{ '\n' }}"
+# --- 7. Train and evaluate ------------------------------------------------------------------------
 
 
-def tiny_problem(rng, distractors=5):
-    """A row like GSM8K's: one to six steps, and sentences on others that add length and no step."""
-    who, *others = rng.sample(NAMES, 3)
-    thing, number = rng.choice(THINGS), rng.randint(0, TOP)
-    story, work = [f"{who} has {number} {thing}."], []
-    for day in DAYS[: rng.randint(1, len(DAYS))]:
-        change = rng.choice([c for c in range(-9, 10) if c and 0 <= number + c <= TOP])
-        story.append(f"On {day} {who} {rng.choice(VERBS[change > 0])} {abs(change)}.")
-        work.append(f"{day}: {number} {'-+'[change > 0]} {abs(change)} = {number + change}.")
-        number += change
-    for _ in range(rng.randint(0, distractors)):
-        owns = f"{rng.choice(others)} has {rng.randint(0, TOP)} {rng.choice(THINGS)}."
-        story.insert(rng.randint(1, len(story)), owns)
-    question = " ".join([*story, f"How many {thing} does {who} have now?"])
-    return {"question": question, "answer": " ".join([*work, f"#### {number}"])}
+def train(config):
+    """Score, rank, train, evaluate; returns what summary.json holds.
+
+    ValueError for bad input, OSError for a failed write, FloatingPointError for a loss that is not
+    finite, Stopped after Ctrl-C or SIGTERM."""
+    check(config)
+    with RunFolder(config) as run:
+        model, tokenizer, problems, test_problems = load_task(config, run)
+        reference = copy.deepcopy(model) if config.kl else None
+        optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=0.0)
+        generator = torch.Generator(model.device).manual_seed(config.seed)
+        include_self = config.curriculum != "angle-unbiased"
+        G = config.completions_per_prompt
+
+        # Score every question once, under the weights that training starts from, and rank them.
+        scores = run.load_scores(len(problems))
+        if scores is None:
+            prompts = [problem["prompt"] for problem in problems]
+            scores = score_prompts(model, prompts, config.score_batch, include_self)
+        curriculum = make_curriculum(config, scores)
+        run.begin(problems, scores, curriculum)
+        step = run.load_checkpoint(model, optimizer, curriculum, generator)
+
+        with GracefulStop() as stop, tqdm(total=config.steps, initial=step, unit="step") as bar:
+            while step < config.steps and not stop.signum:
+                if step % config.eval_every == 0 and not run.evaluated(step):
+                    run.record_evaluation(step, evaluate(model, tokenizer, test_problems, config))
+                began = time.perf_counter()
+                mean = curriculum.mean
+                # 1. Draw P questions from the Gaussian over the ranks.
+                batch = [problems[index] for index in curriculum.sample()]
+                prompts = [problem["prompt"] for problem in batch]
+                # 2. Sample G completions of each; the same pass gives C under the current weights.
+                rollout = generate(model, tokenizer, prompts, config, G, generator, include_self)
+                # 3. Reward each completion, and compare it with its group.
+                rewards = reward_rollout(rollout, batch)  # (P, G)
+                advantages = group_advantages(rewards)
+                # 4. A clipped policy-gradient step.
+                stats = grpo_update(model, reference, optimizer, rollout, advantages, config)
+                # 5. Move the Gaussian by how well the batch went and how concentrated it was.
+                curriculum.update(rewards.mean().item(), rollout.angle)
+                step += 1
+                seconds = time.perf_counter() - began
+                run.record_step(step, mean, batch, rollout, rewards, stats, seconds)
+                if step % config.checkpoint_every == 0:
+                    run.save_checkpoint(step, model, optimizer, curriculum, generator)
+                bar.update()
+                bar.set_postfix(accuracy=rewards.mean().item(), mean=curriculum.mean)
+
+        if step:  # not with --steps 0, which only scores and ranks
+            run.save_checkpoint(step, model, optimizer, curriculum, generator)
+        if step < config.steps:
+            raise Stopped(stop.signum)
+        if step and not run.evaluated(step):
+            run.record_evaluation(step, evaluate(model, tokenizer, test_problems, config))
+        return run.finish(step, model, tokenizer)
 
 
-def make_tiny_world(folder, distractors=5, warmup=700, effort=0.75, seed=0):
-    """Write train.jsonl, test.jsonl and a warmed-up Qwen2 of 135,000 parameters to `folder`, if it
-    is not there. The warm-up shows worked solutions; in its last quarter all but a share
-    effort^steps give way to a bare answer, the problem's first number. That leaves what RL needs:
-    a policy that can solve problems and mostly does not bother, the less the longer they are."""
-    folder, rng, rows = Path(folder), random.Random(seed), {}
-    if folder.is_dir():
-        return
-    print(f"making the tiny world, {folder}: its data, its model and {warmup} warm-up steps")
-    while len(rows) < 3000:  # by question: none is in both splits
-        row = tiny_problem(rng, distractors)
-        rows[row["question"]] = row
-    train, test = list(rows.values())[:2000], list(rows.values())[2000:]
-    signs = tokenizers.Regex(r"\\boxed\{|[0-9]+|\w+|[^\w\s]")  # a token each; spaces are none
-    words = tokenizers.Tokenizer(tokenizers.models.WordLevel(unk_token="<|endoftext|>"))
-    words.pre_tokenizer = tokenizers.pre_tokenizers.Split(signs, "removed", invert=True)
-    texts = [" ".join(row.values()) for row in (*train, *build_messages("."))]
-    trainer = tokenizers.trainers.WordLevelTrainer(special_tokens=SPECIAL, show_progress=False)
-    words.train_from_iterator(texts, trainer)
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, eos_token=SPECIAL[1])
-    tokenizer.pad_token, tokenizer.chat_template = SPECIAL[0], CHATML
-    torch.manual_seed(seed)
-    shape = {"vocab_size": len(tokenizer), "hidden_size": 64, "intermediate_size": 160}
-    shape |= {"num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2}
-    shape |= {"max_position_embeddings": 512, "tie_word_embeddings": True, "eos_token_id": 1}
-    shape |= {"initializer_range": 0.1, "rope_parameters": {"rope_theta": 1000.0}}
-    model = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**shape))
-    head, tail = render_template(tokenizer)
-    prefix = tokenizer(head, return_tensors="pt")["input_ids"]
-    matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
-    others = [p for n, p in model.named_parameters() if p.ndim == 1 or "embed" in n]
-    muon = torch.optim.Muon(matrices, 0.02, weight_decay=0.0)  # AdamW alone takes 3x the steps
-    adamw = torch.optim.AdamW(others, 3e-3, weight_decay=0.0)
-    decay = [torch.optim.lr_scheduler.LinearLR(o, 1.0, 0.0, warmup) for o in (muon, adamw)]
-    for step in tqdm(range(warmup), desc="warm-up", unit="step", leave=False):
-        pairs = []
-        for row in rng.sample(train, 24):
-            work, number = row["answer"].split("#### ")
-            if step >= 0.75 * warmup and rng.random() > effort ** work.count("="):
-                work, number = "", work.split()[1]
-            told = f"{work}\\boxed{{{number}}}<|im_end|>"
-            pairs.append((row["question"] + tail, told))
-        batch = tokenizer(pairs, padding=True, return_token_type_ids=True, return_tensors="pt")
-        cache = model.base_model(prefix, use_cache=True)[1]  # once for all: they begin alike
-        cache.batch_repeat_interleave(len(pairs))
-        ids, learnt = batch["input_ids"], batch["token_type_ids"] > 0
-        model(ids, None, None, cache, labels=ids.where(learnt, -100)).loss.backward()
-        for part in (muon, adamw, *decay):
-            part.step()
-        model.zero_grad()
-    aside = folder.with_name(f"{folder.name}-{os.getpid()}")
-    model.save_pretrained(aside)
-    tokenizer.save_pretrained(aside)
-    write(aside / "test.jsonl", test)
-    write(aside / "train.jsonl", train)
-    if not folder.is_dir():  # another process may have made the same world meanwhile
-        aside.rename(folder)
+def reward_rollout(rollout, batch):
+    """The rewards (P, G) of a Rollout for its P problems."""
+    group_size = len(rollout.texts) // len(batch)
+    rewards = [
+        reward(text, batch[row // group_size]["answer"]) for row, text in enumerate(rollout.texts)
+    ]
+    return torch.tensor(rewards).view(len(batch), group_size)
 
 
-# --- Train, evaluate, checkpoint ------------------------------------------------------------------
+def evaluate(model, tokenizer, problems, config):
+    """Greedy accuracy with its 95% interval, and the share of completions that have an answer."""
+    batch_size = config.prompts_per_step * config.completions_per_prompt
+    texts = []
+    for first in tqdm(range(0, len(problems), batch_size), desc="evaluating", leave=False):
+        prompts = [problem["prompt"] for problem in problems[first : first + batch_size]]
+        texts += generate(model, tokenizer, prompts, config).texts
+    correct = sum(reward(text, problem["answer"]) for text, problem in zip(texts, problems))
+    answered = sum(extract_answer(text) is not None for text in texts)
+    low, high = wilson_interval(correct, len(problems))
+    return {
+        "eval_accuracy": correct / len(problems),
+        "eval_low": low,
+        "eval_high": high,
+        "eval_format": answered / len(problems),
+    }
+
+
+def wilson_interval(successes, trials, z=1.96):
+    """The 95% Wilson interval of a share: sensible near 0 and 1, where share +- z s is not."""
+    share = successes / trials
+    center = share + z**2 / (2 * trials)
+    half_width = z * math.sqrt(share * (1 - share) / trials + z**2 / (4 * trials**2))
+    scale = 1 + z**2 / trials
+    return (center - half_width) / scale, (center + half_width) / scale
+
+
+# --- 8. Plumbing: models, data, files, signals. Nothing of GAIN-RL or GRPO is below ---------------
+
+
+def load_task(config, run):
+    """Model, tokenizer, training and test problems: loaded, and checked before any work is done."""
+    print(
+        f"preset {config.preset}, curriculum {config.curriculum}, seed {config.seed}, "
+        f"on {config.device}"
+    )
+    if config.preset == "tiny":
+        torch.set_num_threads(1)  # its matrices are too small to share, and idle threads spin
+    if TINY_WORLD in (config.model, config.dataset):
+        make_tiny_world(TINY_WORLD)
+    model, tokenizer = load_model(config.model, torch.device(config.device))
+    template = run.template or render_template(tokenizer)
+    longest = context_limit(model.config) - config.max_new_tokens
+    problems = load_problems(tokenizer, config.dataset, "train", longest, template)
+    test_problems = load_problems(tokenizer, config.dataset, "test", longest, template)
+    test_problems = test_problems[: config.eval_examples]
+    run.check_data(problems + test_problems, template)
+    return model, tokenizer, problems, test_problems
+
+
 def load_model(name, device):
-    """Model and tokenizer. Weights float32, passes bfloat16 on a GPU that has it; no dropout."""
+    """Model and tokenizer of a hub name or local folder. Weights float32; no dropout."""
     try:
         model = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
         # tokenizer.json as it is: AutoTokenizer swaps in its own splitting rules for some models.
@@ -533,173 +873,588 @@ def load_model(name, device):
     except Exception as error:  # the hub fails in too many ways to list
         hint = "check name and network, name a local folder, or run --preset tiny"
         raise ValueError(f"cannot load --model {name}: {hint} ({error!r:.300})") from error
-    if device.type == "cuda" and torch.cuda.is_bf16_supported():
-        for part in (model.base_model, model.get_output_embeddings()):
-            part.forward = torch.autocast("cuda", torch.bfloat16)(part.forward)
     return model.to(device).eval(), tokenizer
 
 
-def evaluate(model, tokenizer, problems, config):
-    """Greedy accuracy with its 95% Wilson interval, and the share of completions with an answer."""
-    texts, size = [], config.prompts_per_step * config.completions_per_prompt
-    for k in tqdm(range(0, len(problems), size), desc="evaluating", leave=False):
-        prompts = [problem["prompt"] for problem in problems[k : k + size]]
-        texts += generate(model, tokenizer, prompts, config).texts
-    n, right = len(problems), sum(reward(t, p["answer"]) for t, p in zip(texts, problems))
-    share, zz = right / n, 1.96**2 / n
-    half = 1.96 * math.sqrt(share * (1 - share) / n + zz / n / 4)
-    low, high = ((share + zz / 2 + side * half) / (1 + zz) for side in (-1, 1))
-    answered = sum(extract_answer(text) is not None for text in texts) / n
-    return {"eval_accuracy": share, "eval_low": low, "eval_high": high, "eval_format": answered}
+def context_limit(model_config):
+    """The tokens that prompt and completion may have together."""
+    return getattr(model_config, "max_position_embeddings", math.inf)
 
 
-def spearman(x, y):
-    """Spearman's rank correlation, where ties share their mean rank; 0 if x or y is constant."""
-    find = torch.searchsorted
-    ranks = [find(v.msort(), v) + find(v.msort(), v, right=True) for v in (x, y)]
-    return torch.corrcoef(torch.stack(ranks).double())[0, 1].nan_to_num().item()
+def load_problems(tokenizer, source, split, longest, template=None):
+    """The rows of a split, each with question, answer, its index in the data set and its Prompt;
+    without those whose prompt has more than `longest` tokens. ValueError for a bad row, by file and
+    line."""
+    path = Path(source, f"{split}.jsonl")
+    rows = read_jsonl(path) if Path(source).is_dir() else load_hub_rows(source, split)
+    if not rows:
+        raise ValueError(f"{path} is empty: it needs a line for each problem")
+    for number, row in enumerate(rows, start=1):
+        if not is_problem(row):
+            raise ValueError(f"{path}:{number} needs a question and a numeric answer: {row!s:.99}")
+    prompts = encode_prompts(tokenizer, [row["question"] for row in rows], template)
+    problems = [
+        {**row, "index": index, "prompt": prompt}
+        for index, (row, prompt) in enumerate(zip(rows, prompts))
+        if len(prompt.ids) <= longest
+    ]
+    if not problems:
+        raise ValueError(f"no {split} prompt fits into the model's context: lower --max-new-tokens")
+    n_dropped = len(rows) - len(problems)
+    if n_dropped:
+        print(f"dropped {n_dropped} of {len(rows)} {split} prompts: over the context")
+    return problems
 
 
-def write(path, content):
-    """Replace a file, whole or not at all: a list by JSON lines, anything else by torch.save."""
-    aside = path.with_name(path.name + ".new")
+def load_hub_rows(source, split):
+    """The rows of a split of a data set of the hub, in its configuration "main" (GSM8K's)."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if isinstance(content, list):
-            aside.write_text("".join(json.dumps(row) + "\n" for row in content))
-        else:
-            torch.save(content, aside)
-        aside.replace(path)
-    except Exception as error:  # a full disk is another error in each library
-        aside.unlink(missing_ok=True)
-        raise OSError(f"cannot write {path}: make room, then --resume ({error!r:.300})") from error
+        return list(datasets.load_dataset(source, "main", split=split))
+    except Exception as error:  # the hub fails in too many ways to list
+        hint = "check the name and the network, or name a folder with train.jsonl and test.jsonl"
+        raise ValueError(f"cannot load --dataset {source}: {hint} ({error!r:.300})") from error
 
 
-def train(config):
-    """Score, rank, train, evaluate; returns what summary.json holds. ValueError for bad input,
-    OSError for a failed write, FloatingPointError for a loss not finite, KeyboardInterrupt."""
-    began, arm, size = time.perf_counter(), config.curriculum, config.completions_per_prompt
-    run, device = Path(config.run_dir), torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if not config.resume and run.exists() and any(run.iterdir()):
-        raise ValueError(f"{run} holds a run: go on with --resume {run}, or name another --run-dir")
-    print(f"preset {config.preset}, curriculum {arm}, seed {config.seed}, on {device}")
-    if config.preset == "tiny":
-        torch.set_num_threads(1)  # its matrices are too small to share, and idle threads spin
-    if TINY_WORLD in (config.model, config.dataset):
-        make_tiny_world(TINY_WORLD)
-    model, tokenizer = load_model(config.model, device)
-    reference = load_model(config.model, device)[0] if config.kl else None
-    longest = getattr(model.config, "max_position_embeddings", math.inf) - config.max_new_tokens
-    problems = load_problems(tokenizer, config.dataset, "train", longest)
-    tests = load_problems(tokenizer, config.dataset, "test", longest)[: config.eval_examples]
-    data = hashlib.sha256(repr(problems + tests).encode()).hexdigest()
-    settings = asdict(config) | {"device": device.type, "data set": data}
-    state, path = None, run / "checkpoint" / "state.pt"
-    if config.resume and path.exists():  # otherwise it was stopped before its first checkpoint
+def is_problem(row):
+    """Whether a row has a question, and an answer with a number."""
+    if not isinstance(row, dict):
+        return False
+    question, answer = row.get("question"), row.get("answer")
+    if not isinstance(question, str) or not isinstance(answer, str):
+        return False
+    return bool(question.strip()) and extract_answer(answer) is not None
+
+
+# On --resume these may differ: they change memory or length, not what is computed.
+MAY_CHANGE = ("steps", "micro_batch", "score_batch", "checkpoint_every", "run_dir", "resume")
+
+
+class RunFolder:
+    """The directory of one run: what it leaves there, and how it is resumed.
+
+        config.json      the settings, and what else a resumed run must share
+        scores.jsonl     a line for each question
+        metrics.jsonl    a line for each step and each evaluation
+        samples.jsonl    completions to read
+        checkpoint/      weights, optimizer, curriculum and random numbers after a step
+        summary.json     at the end, with model/: a folder for `from_pretrained`
+
+    Entering it as a context claims the directory for this process; ValueError if another process
+    has it, if it holds another run, or if a resumed run has other settings."""
+
+    def __init__(self, config):
+        self.config = config
+        self.path = Path(config.run_dir)
+        self.lock = filelock.FileLock(self.path / ".lock")  # the system frees it after any death
+        self.record = asdict(config)
+        self.template = None
+        self.metrics, self.samples = [], []
+        self.saved_step = None  # of the checkpoint
+        self.began = time.perf_counter()
+
+    def __enter__(self):
         try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-            differ = {k for k, v in settings.items() if state["config"].get(k) != v}
+            self.path.mkdir(parents=True, exist_ok=True)
+            self.lock.acquire(blocking=False)
+        except filelock.Timeout as error:
+            raise ValueError(f"another process is running in {self.path}") from error
+        except (OSError, NotImplementedError) as error:  # read-only; a file; no file locks
+            raise ValueError(f"cannot use --run-dir {self.path} ({error})") from error
+        try:
+            self.claim()
+        except ValueError:
+            self.__exit__()
+            raise
+        return self
+
+    def claim(self):
+        """Refuse a directory that holds another run; remove what a killed process left half."""
+        holds_a_run = any(entry.name != ".lock" for entry in self.path.iterdir())
+        if holds_a_run and not self.config.resume:
+            raise ValueError(
+                f"{self.path} holds a run: continue it with --resume {self.path}, "
+                "or name another --run-dir"
+            )
+        if self.config.resume:
+            recorded = read_record(self.path)
+            for name, value in self.record.items():
+                if name not in MAY_CHANGE and recorded[name] != value:
+                    raise ValueError(
+                        f"{flag(name)} {value}: {self.path} was started with {recorded[name]}, "
+                        "and a resumed run keeps it"
+                    )
+            self.record = {**recorded, **self.record}
+            self.template = recorded["template"]
+        for leftover in self.path.rglob("*.tmp"):
+            remove(leftover)
+
+    def __exit__(self, *exception):
+        """Give the directory back, without a trace if nothing was written."""
+        Path(self.lock.lock_file).unlink(missing_ok=True)
+        self.lock.release()
+        if not any(self.path.iterdir()):
+            self.path.rmdir()
+
+    def check_data(self, problems, template):
+        """ValueError if a resumed run has other questions or answers than it was started with."""
+        texts = [[problem["question"], problem["answer"]] for problem in problems]
+        data_hash = hashlib.sha256(json.dumps(texts).encode()).hexdigest()
+        if self.record.get("data_sha256", data_hash) != data_hash:
+            raise ValueError(f"{self.path} was started with other data: leave it as it was")
+        self.record["data_sha256"] = data_hash
+        self.record["template"] = template
+
+    def load_scores(self, n_questions):
+        """The Scores of a resumed run; None if it was stopped before they were written."""
+        path = self.path / "scores.jsonl"
+        if not path.exists():
+            return None
+        rows = read_jsonl(path)
+        try:
+            columns = {name: [row[name] for row in rows] for name in Scores._fields}
+            scores = Scores(**{name: torch.tensor(values) for name, values in columns.items()})
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} is damaged: remove it to score again ({error!r})") from error
+        if len(rows) != n_questions:
+            raise ValueError(f"{path} has {len(rows)} lines, not {n_questions}: remove it")
+        return scores
+
+    def begin(self, problems, scores, curriculum):
+        """Write settings and scores: from here on the run can be resumed."""
+        self.rank_length_correlation = spearman(curriculum.order.argsort(), scores.tokens)
+        write_json(self.path / "config.json", self.record)
+        rows = []
+        for row, problem in enumerate(problems):
+            values = {name: column[row].item() for name, column in scores._asdict().items()}
+            rows.append({"index": problem["index"], **values})
+        write_jsonl(self.path / "scores.jsonl", rows)
+        print(
+            f"ranked {len(problems)} questions; "
+            f"Spearman of rank and length {self.rank_length_correlation:.2f}"
+        )
+
+    def load_checkpoint(self, model, optimizer, curriculum, generator):
+        """Put a resumed run back where its checkpoint was; the number of steps it has done."""
+        path = self.path / "checkpoint" / "state.pt"
+        if not path.exists():
+            return 0
+        try:
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+            model.load_state_dict(checkpoint["model"])
+            optimizer.load_state_dict(checkpoint["optimizer"])
+            curriculum.load_state_dict(checkpoint["curriculum"])
+            generator.set_state(checkpoint["generator"])
+            self.saved_step = checkpoint["step"]
+            self.began -= checkpoint["seconds"]
         except Exception as error:  # a damaged file fails in too many ways to list
             raise ValueError(f"{path} is damaged: remove to start over ({error!r:.300})") from error
-        if differ := differ - {"steps", "run_dir", "resume"}:
-            raise ValueError(f"{path} has another {', '.join(sorted(differ))}: leave it as it was")
-    clock, asked = time.perf_counter(), [p["question"] for p in problems]
-    scores = Scores(*state["scores"]) if state else score_prompts(model, tokenizer, asked, config)
-    # The arms differ in what is sorted (length: short first), and `uniform` in an endless Gaussian.
-    chance = torch.randperm(len(problems), generator=torch.Generator().manual_seed(config.seed))
-    sort_by = {"length": -scores.tokens, "shuffled": chance}.get(arm, scores.angle)
-    shape = {"step": config.curriculum_step, "seed": config.seed}
-    shape["sigma"] = math.inf if arm == "uniform" else config.sigma
-    curriculum = GaussianCurriculum(sort_by, config.prompts_per_step, **shape)
-    write(run / "config.json", [asdict(config)])  # from here on, --resume goes on
-    table = zip((p["index"] for p in problems), *(column.tolist() for column in scores))
-    write(run / "scores.jsonl", [dict(zip(("index", *Scores._fields), row)) for row in table])
-    by_length = spearman(curriculum.order.argsort(), scores.tokens)
-    took = f"{time.perf_counter() - clock:.1f} s; Spearman of rank and length {by_length:.2f}"
-    print(f"scored and ranked {len(problems)} questions in {took}")
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=0.0)
-    generator, step = torch.Generator(device).manual_seed(config.seed), 0
-    parts = {"model": model, "optimizer": optimizer, "curriculum": curriculum}
-    logs = {"metrics": [], "samples": []}
-    if state:
-        for name, part in parts.items():
-            part.load_state_dict(state[name])
-        generator.set_state(state["generator"])
-        step, logs, began = state["step"], state["logs"], began - state["seconds"]
-    # Ctrl-C lets the step at hand finish; a second one stops at once.
-    stop, plain = [], signal.getsignal(signal.SIGINT)
-    signal.signal(signal.SIGINT, lambda *_: stop.append(signal.signal(signal.SIGINT, plain)))
-    bar = tqdm(total=config.steps, initial=step, unit="step")
-    while config.steps:  # with --steps 0, only scores and ranks
-        last = step >= config.steps
-        evaluated = "eval_accuracy" in (logs["metrics"] or [{}])[-1]  # before it was stopped
-        if (step % config.eval_every == 0 or last) and not evaluated:
-            logs["metrics"].append({"step": step, **evaluate(model, tokenizer, tests, config)})
-            tqdm.write(f"step {step}: {RESULT.format(**logs['metrics'][-1])}")
-        for name, rows in logs.items():
-            write(run / f"{name}.jsonl", rows)
-        if step % config.checkpoint_every == 0 or last or stop:
-            state = {name: part.state_dict() for name, part in parts.items()}
-            state |= {"step": step, "config": settings, "logs": logs, "scores": list(scores)}
-            state |= {"seconds": time.perf_counter() - began, "generator": generator.get_state()}
-            write(path, state)
-        if last or stop:
-            break
-        step, clock = step + 1, time.perf_counter()
-        batch = [problems[k] for k in curriculum.sample()]
-        done = generate(model, tokenizer, [p["prompt"] for p in batch], config, size, generator)
-        gold = [p["answer"] for p in batch for _ in range(size)]
-        rewards = torch.tensor([reward(*pair) for pair in zip(done.texts, gold)]).view(-1, size)
-        advantages = group_advantages(rewards).flatten().to(device)
-        tokens, accuracy = done.mask.sum().item(), rewards.mean().item()
-        row = {"step": step, "reward": accuracy, "accuracy": accuracy, "angle": done.angle}
-        row |= grpo_update(model, reference, optimizer, done, advantages, config)
-        row |= {"mean": curriculum.mean, "completion_length": tokens / len(done.ids)}
-        row["useful_groups"] = (rewards.amax(1) > rewards.amin(1)).float().mean().item()
-        row["seconds"] = time.perf_counter() - clock
-        curriculum.update(accuracy, done.angle)
-        logs["metrics"].append(row | {"tokens_per_second": tokens / row["seconds"]})
-        bar.update()
-        bar.set_postfix(accuracy=accuracy, mean=curriculum.mean, loss=row["loss"])
-        if step % config.eval_every == 0:
-            tried = [*zip(done.texts[:size], rewards[0].tolist())]
-            row = {"step": step, "question": batch[0]["question"], "completions": tried}
-            logs["samples"].append(row)
-    bar.close()
-    signal.signal(signal.SIGINT, plain)
-    if stop and step < config.steps:
-        raise KeyboardInterrupt
-    summary = {"preset": config.preset, "curriculum": arm, "seed": config.seed, "steps": step}
-    summary |= {"seconds": time.perf_counter() - began, "rank_length_correlation": by_length}
-    summary |= {"accuracy_before": None, "accuracy_after": None}
-    results = [row for row in logs["metrics"] if "eval_accuracy" in row]
-    for when, row in zip(("before", "after"), results[:1] + results[-1:]):
-        print(f"{when:7}{row['step']:5} steps: {RESULT.format(**row)}")
-        summary[f"accuracy_{when}"] = row["eval_accuracy"]
-    write(run / "summary.json", [summary])
-    return summary
+        self.metrics = self.read_until_checkpoint("metrics.jsonl")
+        self.samples = self.read_until_checkpoint("samples.jsonl")
+        return self.saved_step
+
+    def read_until_checkpoint(self, name):
+        """The rows of a log without the steps after the checkpoint, which are done once more."""
+        path = self.path / name
+        if not path.exists():
+            return []
+        return [row for row in read_jsonl(path) if row["step"] <= self.saved_step]
+
+    def save_checkpoint(self, step, model, optimizer, curriculum, generator):
+        if step == self.saved_step:
+            return
+        checkpoint = {
+            "step": step,
+            "seconds": time.perf_counter() - self.began,
+            "model": model.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "curriculum": curriculum.state_dict(),
+            "generator": generator.get_state(),
+        }
+        with write_atomically(self.path / "checkpoint" / "state.pt") as temporary:
+            torch.save(checkpoint, temporary)
+        self.saved_step = step
+
+    def record_step(self, step, mean, batch, rollout, rewards, stats, seconds):
+        """Add a step to metrics.jsonl, and now and then a group of completions to samples.jsonl."""
+        n_tokens = rollout.completion_mask.sum().item()
+        useful = rewards.amax(1) > rewards.amin(1)  # groups whose rewards differ
+        row = {
+            "step": step,
+            "accuracy": rewards.mean().item(),
+            "angle": rollout.angle,
+            "mean": mean,  # of the Gaussian that this batch was drawn from
+            **stats,
+            "useful_groups": useful.float().mean().item(),
+            "completion_length": n_tokens / len(rollout.texts),
+            "seconds": seconds,
+            "tokens_per_second": n_tokens / seconds,
+        }
+        self.metrics.append(row)
+        write_jsonl(self.path / "metrics.jsonl", self.metrics)
+        if step % self.config.eval_every == 0:
+            group = list(zip(rollout.texts, rewards[0].tolist()))  # of the first question
+            sample = {"step": step, "question": batch[0]["question"], "completions": group}
+            self.samples.append(sample)
+            write_jsonl(self.path / "samples.jsonl", self.samples)
+
+    def record_evaluation(self, step, result):
+        self.metrics.append({"step": step, **result})
+        write_jsonl(self.path / "metrics.jsonl", self.metrics)
+        tqdm.write(f"step {step}: {describe(result)}")
+
+    def evaluations(self):
+        return [row for row in self.metrics if "eval_accuracy" in row]
+
+    def evaluated(self, step):
+        return any(row["step"] == step for row in self.evaluations())
+
+    def finish(self, step, model, tokenizer):
+        """Write model/ (if it was trained) and summary.json; return the summary."""
+        if step:
+            with write_atomically(self.path / "model") as temporary:
+                model.save_pretrained(temporary)
+                tokenizer.save_pretrained(temporary)
+        summary = {
+            "preset": self.config.preset,
+            "curriculum": self.config.curriculum,
+            "seed": self.config.seed,
+            "steps": step,
+            "seconds": time.perf_counter() - self.began,
+            "rank_length_correlation": self.rank_length_correlation,
+            "accuracy_before": None,
+            "accuracy_after": None,
+        }
+        evaluations = self.evaluations()
+        if evaluations:
+            before, after = evaluations[0], evaluations[-1]
+            summary["accuracy_before"] = before["eval_accuracy"]
+            summary["accuracy_after"] = after["eval_accuracy"]
+            print(f"before {before['step']:5} steps: {describe(before)}")
+            print(f"after  {after['step']:5} steps: {describe(after)}")
+        write_json(self.path / "summary.json", summary)
+        return summary
+
+
+def describe(evaluation):
+    return (
+        f"greedy accuracy {evaluation['eval_accuracy']:.3f} "
+        f"(95% {evaluation['eval_low']:.3f} to {evaluation['eval_high']:.3f})"
+    )
+
+
+def read_record(run_dir):
+    """What config.json of a run holds: all settings, and what else a resumed run must share."""
+    path = Path(run_dir, "config.json")
+    try:
+        record = json.loads(path.read_bytes())
+        missing = {setting.name for setting in fields(Config)} - set(record)
+    except (OSError, ValueError, TypeError) as error:
+        raise ValueError(f"--resume {run_dir} names no run: start one ({error})") from error
+    if missing:
+        raise ValueError(f"{path} lacks {', '.join(sorted(missing))}: made by another version")
+    return record
+
+
+class GracefulStop:
+    """A context in which Ctrl-C and SIGTERM (a cluster that wants its machine back) only set
+    `.signum`, so that the loop can finish its step. The second one acts as usual."""
+
+    def __init__(self):
+        self.signum = None
+
+    def __enter__(self):
+        self.usual = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+        for signum in self.usual:
+            signal.signal(signum, self.request)
+        return self
+
+    def request(self, signum, frame):
+        self.signum = signum
+        self.restore()
+        # Not print: the signal may have come in the middle of one.
+        os.write(2, b"\nstopping after this step; once more to stop at once\n")
+
+    def restore(self):
+        for signum, handler in self.usual.items():
+            signal.signal(signum, handler)
+
+    def __exit__(self, *exception):
+        self.restore()
+
+
+class Stopped(KeyboardInterrupt):
+    """Training was asked by a signal to stop, and did."""
+
+    def __init__(self, signum):
+        super().__init__(signum)
+        self.signum = signum
+
+
+def stop_at_once(signum, frame):
+    raise Stopped(signum)
+
+
+@contextlib.contextmanager
+def write_atomically(path):
+    """A temporary path to write to. It takes the place of `path` once it is whole, so that a kill
+    never leaves half a file. OSError if that fails: on a full disk, say."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        if path.is_dir():
+            remove(path)  # only an empty directory can be replaced
+        temporary.replace(path)
+    except Exception as error:  # a full disk is another error in each library
+        raise OSError(f"cannot write {path}: make room, then --resume ({error!r:.300})") from error
+    finally:
+        remove(temporary)
+
+
+def remove(path):
+    """A file or a directory with all that is in it, if it is there."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def write_json(path, value):
+    with write_atomically(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=2) + "\n")
+
+
+def write_jsonl(path, rows):
+    with write_atomically(path) as temporary:
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def read_jsonl(path):
+    """The rows of a file of JSON lines. ValueError names file and line."""
+    try:
+        lines = path.read_bytes().splitlines()
+    except OSError as error:
+        raise ValueError(f"cannot read {path} ({error})") from error
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError as error:
+            raise ValueError(f"{path}:{number} is not JSON: {line[:99]!r}") from error
+    return rows
+
+
+# --- 9. The tiny world: a data set and a chat model made in code, then loaded like any other ------
+NAMES = ["Ann", "Ben", "Cid", "Dee", "Eve", "Fay", "Gus", "Hal"]
+THINGS = ["apples", "birds", "cards", "dolls", "eggs", "figs"]
+DAYS = ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday"]
+LOSES = ["loses", "sells"]
+GAINS = ["gets", "finds"]
+LARGEST = 20  # numbers are 0 to LARGEST, a token each
+N_TRAIN, N_TEST = 2000, 1000
+WARM_UP_BATCH = 24
+PAD, END, BEGIN = "<|endoftext|>", "<|im_end|>", "<|im_start|>"
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "<|im_start|>assistant{{ '\n' }}"
+)
+
+
+def make_tiny_world(folder, distractors=5, warmup=700, effort=0.75, seed=0):
+    """Write train.jsonl, test.jsonl and a warmed-up Qwen2 of 135,000 parameters to `folder`, if it
+    is not there. distractors: the most sentences about others; warmup: steps; effort: warm_up's."""
+    folder = Path(folder)
+    if folder.is_dir():
+        return
+    print(f"making the tiny world, {folder}: its data, its model and {warmup} warm-up steps")
+    rng = random.Random(seed)
+    problems = {}  # by question: none is in both splits
+    while len(problems) < N_TRAIN + N_TEST:
+        problem = tiny_problem(rng, distractors)
+        problems[problem["question"]] = problem
+    problems = list(problems.values())
+    train_rows, test_rows = problems[:N_TRAIN], problems[N_TRAIN:]
+    tokenizer = tiny_tokenizer(train_rows)
+    torch.manual_seed(seed)
+    model = tiny_model(len(tokenizer))
+    warm_up(model, tokenizer, train_rows, rng, warmup, effort)
+
+    temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
+    model.save_pretrained(temporary)
+    tokenizer.save_pretrained(temporary)
+    write_jsonl(temporary / "train.jsonl", train_rows)
+    write_jsonl(temporary / "test.jsonl", test_rows)
+    try:
+        temporary.rename(folder)
+    except OSError:  # another process has made the same world meanwhile
+        remove(temporary)
+
+
+def tiny_problem(rng, distractors=5):
+    """A row like GSM8K's: one to six steps, and sentences on others that add length and no step."""
+    who, *others = rng.sample(NAMES, 3)
+    thing = rng.choice(THINGS)
+    number = rng.randint(0, LARGEST)
+    story, solution = [f"{who} has {number} {thing}."], []
+    for day in DAYS[: rng.randint(1, len(DAYS))]:
+        changes = [c for c in range(-9, 10) if c != 0 and 0 <= number + c <= LARGEST]
+        change = rng.choice(changes)
+        verb = rng.choice(GAINS if change > 0 else LOSES)
+        sign = "+" if change > 0 else "-"
+        story.append(f"On {day} {who} {verb} {abs(change)}.")
+        solution.append(f"{day}: {number} {sign} {abs(change)} = {number + change}.")
+        number += change
+    for _ in range(rng.randint(0, distractors)):
+        sentence = f"{rng.choice(others)} has {rng.randint(0, LARGEST)} {rng.choice(THINGS)}."
+        story.insert(rng.randint(1, len(story)), sentence)
+    question = " ".join([*story, f"How many {thing} does {who} have now?"])
+    return {"question": question, "answer": " ".join([*solution, f"#### {number}"])}
+
+
+def tiny_tokenizer(problems):
+    """A tokenizer with one token for each word, number and sign of the problems and the prompt."""
+    tokens = tokenizers.Regex(r"\\boxed\{|[0-9]+|\w+|[^\w\s]")  # spaces are no tokens
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel(unk_token=PAD))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokens, "removed", invert=True)
+    texts = [" ".join(row.values()) for row in [*problems, *build_messages(".")]]
+    trainer = tokenizers.trainers.WordLevelTrainer(
+        special_tokens=[PAD, END, BEGIN], show_progress=False
+    )
+    words.train_from_iterator(texts, trainer)
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, eos_token=END)
+    tokenizer.pad_token = PAD
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+def tiny_model(vocab_size):
+    """A Qwen2 with random weights, drawn from torch's global generator."""
+    config = transformers.Qwen2Config(
+        vocab_size=vocab_size,
+        hidden_size=64,
+        intermediate_size=160,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        eos_token_id=1,
+        initializer_range=0.1,
+        rope_parameters={"rope_theta": 1000.0},
+    )
+    return transformers.Qwen2ForCausalLM(config)
+
+
+def warm_up(model, tokenizer, problems, rng, steps, effort):
+    """Teach the model what RL can select from: to solve problems, and mostly not to bother.
+
+    Supervised steps on worked solutions. In the last quarter all but a share effort**n of the
+    problems with n steps get a bare answer instead, the first number of the solution: so the model
+    guesses, and the longer the problem the more."""
+    head, tail = render_template(tokenizer)
+    prefix = tokenizer(head, return_tensors="pt")["input_ids"]
+    matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
+    others = [p for name, p in model.named_parameters() if p.ndim == 1 or "embed" in name]
+    optimizers = [  # AdamW alone takes three times the steps
+        torch.optim.Muon(matrices, 0.02, weight_decay=0.0),
+        torch.optim.AdamW(others, 3e-3, weight_decay=0.0),
+    ]
+    schedules = [torch.optim.lr_scheduler.LinearLR(o, 1.0, 0.0, steps) for o in optimizers]
+    for step in tqdm(range(steps), desc="warm-up", unit="step", leave=False):
+        pairs = []
+        for problem in rng.sample(problems, WARM_UP_BATCH):
+            solution, number = problem["answer"].split("#### ")
+            n_steps = solution.count("=")
+            if step >= 0.75 * steps and rng.random() > effort**n_steps:
+                solution, number = "", solution.split()[1]
+            pairs.append((problem["question"] + tail, f"{solution}\\boxed{{{number}}}{END}"))
+        batch = tokenizer(pairs, padding=True, return_token_type_ids=True, return_tensors="pt")
+        ids, is_completion = batch["input_ids"], batch["token_type_ids"] > 0
+        _, cache = run_body(model, prefix)  # once for all: they begin alike
+        cache.batch_repeat_interleave(len(pairs))
+        labels = ids.where(is_completion, -100)
+        model(input_ids=ids, past_key_values=cache, labels=labels).loss.backward()
+        for part in (*optimizers, *schedules):
+            part.step()
+        model.zero_grad()
+
+
+# --- 10. The command line -------------------------------------------------------------------------
+
+
+def parse_config(argv=None):
+    """The Config of a command line.
+
+    The parser leaves out what was not named, so that named flags override the preset's settings,
+    or those of the run to be resumed, and nothing else does."""
+    parser = argparse.ArgumentParser(
+        usage="gainrl.py [options]",
+        description=__doc__.split("\n\n")[1],
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    for setting in fields(Config):
+        alternatives = typing.get_args(setting.type)  # of `float | None`: float, NoneType
+        value_type = alternatives[0] if alternatives else setting.type
+        help_text = f"{setting.metadata['help']} (default: {setting.default}"
+        if setting.name in PRESETS["tiny"]:
+            help_text += f"; tiny: {PRESETS['tiny'][setting.name]}"
+        parser.add_argument(flag(setting.name), type=value_type, help=help_text + ")")
+    named = vars(parser.parse_args(argv))
+
+    if "resume" in named:
+        names = [setting.name for setting in fields(Config)]
+        record = read_record(named["resume"])
+        base = {name: record[name] for name in names}
+    else:
+        preset = named.get("preset") or default_preset(named)
+        base = PRESETS.get(preset, {})  # check() refuses another
+    return Config(**{**base, **named})
+
+
+def default_preset(named):
+    """gsm8k where there is a GPU or something to train was named; tiny otherwise."""
+    if "model" in named or "dataset" in named or torch.cuda.is_available():
+        return "gsm8k"
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:  # an old driver, or torch without CUDA
+        print(f"no GPU ({error}): --preset tiny")
+    return "tiny"
 
 
 def main(argv=None):
-    """The command line; its status is 2 for what could not be done, and 130 after Ctrl-C."""
-    parser = transformers.HfArgumentParser(Config, usage="gainrl.py [options]", allow_abbrev=False)
+    """The command line. Its status: 0; 2 for what could not be done; 128 + the signal, if stopped
+    by one (130 after Ctrl-C, 143 after SIGTERM)."""
     transformers.utils.logging.disable_progress_bar()
-    resume = parser.parse_args(argv).resume
+    run_dir = None
     try:
-        if resume:
-            try:
-                parser.set_defaults(**json.loads(Path(resume, "config.json").read_text()))
-            except (OSError, ValueError) as error:
-                raise ValueError(f"--resume {resume} names no run: start one ({error})") from error
-        config = Config(**vars(parser.parse_args(argv)))
+        config = parse_config(argv)
+        run_dir = config.run_dir
         train(config)
-    except (ValueError, OSError, FloatingPointError) as error:
-        tqdm.write(f"gainrl.py: {error}", file=sys.stderr)
+        return 0
+    except torch.OutOfMemoryError as error:
+        hint = f"out of memory: lower --micro-batch or --score-batch; {how_to_continue(run_dir)}"
+        report(f"{hint} ({error!s:.200})")
         return 2
-    except KeyboardInterrupt:
-        tqdm.write(f"stopped: once scored, --resume {config.run_dir} goes on", file=sys.stderr)
-        return 130
+    except (ValueError, OSError, FloatingPointError) as error:
+        report(error)
+        return 2
+    except KeyboardInterrupt as error:
+        report(f"stopped; {how_to_continue(run_dir)}")
+        return 128 + getattr(error, "signum", signal.SIGINT)
+
+
+def how_to_continue(run_dir):
+    if run_dir and Path(run_dir, "config.json").exists():
+        return f"continue with: python gainrl.py --resume {run_dir}"
+    return "nothing was computed yet: start again"
+
+
+def report(message):
+    tqdm.write(f"gainrl.py: {message}", file=sys.stderr)
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, stop_at_once)  # until the training loop handles it
     sys.exit(main())
