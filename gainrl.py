@@ -32,9 +32,9 @@ What of GRPO is left out, or chosen, and why:
 
     - The loss is a mean over all completion tokens of the batch, so that a long answer is not
       diluted, and advantages are z-scores within the group, as in the GRPO paper.
-    - One gradient step a batch (--updates): the policy that samples is the one that is updated, the
-      ratio is exactly 1 and the clip does nothing. `clip_fraction` is then 0, and the loss is near
-      0 although its gradient is not, because advantages of a group add up to 0.
+    - One gradient step a batch (--updates): the policy that samples is the one that is updated, so
+      the ratio is exactly 1 and the clip does nothing: `clip_fraction` is 0. The loss is then minus
+      the mean advantage, about 0, although its gradient is not: it measures no progress.
     - Rewards are 1 or 0, for the right number; there is no reward for format or length.
     - No overlong filter, no dynamic sampling, no entropy bonus: they would blur what the choice of
       questions does.
@@ -173,6 +173,10 @@ def check(config):
             raise ValueError(f"{flag(name)} {getattr(config, name)}: must be {wanted}")
     if config.model == TINY_WORLD and config.dataset != TINY_WORLD:
         raise ValueError("the tiny world's model knows no other words: name a --model as well")
+    try:
+        torch.zeros(1, device=config.device).item()
+    except Exception as error:  # another one for each kind of device
+        raise ValueError(f"--device {config.device}: torch cannot use it ({error})") from error
 
 
 def flag(name):
@@ -688,47 +692,51 @@ def grpo_loss(logprobs, old_logprobs, advantages, mask, clip=0.2, reference_logp
     return loss, stats
 
 
+def rollout_logprobs(model, rollout, rows, config):
+    """completion_logprobs of some rows of a Rollout, a slice."""
+    # The slice may cut a group in two. Only of gcd rows in line one can be sure that they share a
+    # prompt: of 6 completions each, in slices of 4, these are 2.
+    samples = math.gcd(config.micro_batch, config.completions_per_prompt)
+    return completion_logprobs(
+        model,
+        rollout.ids[rows],
+        rollout.attention_mask[rows],
+        rollout.completion_mask.shape[1],
+        config.temperature,
+        samples,
+    )
+
+
 def grpo_update(model, reference, optimizer, rollout, advantages, config):
     """config.updates gradient steps on a Rollout; the loss, grad_norm, kl and clip_fraction of the
     last one. advantages: (P, G). reference may be None if config.kl is 0.
 
     Micro-batches, weighted by their tokens, add up to the gradient of the whole batch.
     FloatingPointError, before its step is taken, for a loss or gradient that is not finite."""
-    completion_mask = rollout.completion_mask
-    completion_length = completion_mask.shape[1]
-    advantages = advantages.flatten().to(rollout.ids.device)
-    # A micro-batch may begin or end within a group. Of gcd rows in line one can be sure that they
-    # share a prompt.
-    samples = math.gcd(config.micro_batch, config.completions_per_prompt)
-
-    def logprobs_of(policy, rows):
-        ids, attention_mask = rollout.ids[rows], rollout.attention_mask[rows]
-        return completion_logprobs(
-            policy, ids, attention_mask, completion_length, config.temperature, samples
-        )
-
+    mask = rollout.completion_mask
+    advantages = advantages.flatten().to(mask.device)
     old_logprobs = {}  # of the policy that sampled, by the first row of the micro-batch
     for _ in range(config.updates):
         stats = {"loss": 0.0, "kl": 0.0, "clip_fraction": 0.0}
-        for first in range(0, len(rollout.ids), config.micro_batch):
+        for first in range(0, len(mask), config.micro_batch):
             rows = slice(first, first + config.micro_batch)
-            logprobs = logprobs_of(model, rows)
+            logprobs = rollout_logprobs(model, rollout, rows, config)
             reference_logprobs = None
             if config.kl:
                 with torch.no_grad():
-                    reference_logprobs = logprobs_of(reference, rows)
+                    reference_logprobs = rollout_logprobs(reference, rollout, rows, config)
             if first not in old_logprobs:  # in the first update the weights are those that sampled
                 old_logprobs[first] = logprobs.detach()
             loss, loss_stats = grpo_loss(
                 logprobs,
                 old_logprobs[first],
                 advantages[rows],
-                completion_mask[rows],
+                mask[rows],
                 config.clip,
                 reference_logprobs,
                 config.kl,
             )
-            share = (completion_mask[rows].sum() / completion_mask.sum()).item()
+            share = (mask[rows].sum() / mask.sum()).item()
             (loss * share).backward()
             stats["loss"] += share * loss.item()
             stats["kl"] += share * loss_stats["kl"]
@@ -789,8 +797,7 @@ def train(config):
                 # 5. Move the Gaussian by how well the batch went and how concentrated it was.
                 curriculum.update(rewards.mean().item(), rollout.angle)
                 step += 1
-                seconds = time.perf_counter() - began
-                run.record_step(step, mean, batch, rollout, rewards, stats, seconds)
+                run.record_step(step, began, mean, batch, rollout, rewards, stats)
                 if step % config.checkpoint_every == 0:
                     run.save_checkpoint(step, model, optimizer, curriculum, generator)
                 bar.update()
@@ -873,6 +880,8 @@ def load_model(name, device):
     except Exception as error:  # the hub fails in too many ways to list
         hint = "check name and network, name a local folder, or run --preset tiny"
         raise ValueError(f"cannot load --model {name}: {hint} ({error!r:.300})") from error
+    # Its gradients are NaN for some lengths of masked rows (pytorch issue 196678).
+    torch.backends.cuda.enable_cudnn_sdp(False)
     return model.to(device).eval(), tokenizer
 
 
@@ -1074,8 +1083,9 @@ class RunFolder:
             torch.save(checkpoint, temporary)
         self.saved_step = step
 
-    def record_step(self, step, mean, batch, rollout, rewards, stats, seconds):
+    def record_step(self, step, began, mean, batch, rollout, rewards, stats):
         """Add a step to metrics.jsonl, and now and then a group of completions to samples.jsonl."""
+        seconds = time.perf_counter() - began
         n_tokens = rollout.completion_mask.sum().item()
         useful = rewards.amax(1) > rewards.amin(1)  # groups whose rewards differ
         row = {
