@@ -176,7 +176,8 @@ def check(config):
     try:
         torch.zeros(1, device=config.device).item()
     except Exception as error:  # another one for each kind of device
-        raise ValueError(f"--device {config.device}: torch cannot use it ({error})") from error
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"--device {config.device}: torch cannot use it ({reason})") from error
 
 
 def flag(name):
@@ -428,6 +429,7 @@ def make_curriculum(config, scores):
 # To copy this section, take along:
 #     import re
 #     from collections import namedtuple
+#     import jinja2
 #     Prompt = namedtuple("Prompt", "ids start end")   # section 3 says what they are
 SYSTEM_PROMPT = "Solve the problem step by step. Write the final number as \\boxed{number}."
 EXAMPLE_QUESTION = "What is 2+2?"
@@ -445,37 +447,58 @@ def build_messages(question):
     ]
 
 
-def render_template(tokenizer):
-    """The texts before and after a question, (head, tail), by the tokenizer's chat template.
+def render_chat(tokenizer, question):
+    """The chat of one question by the tokenizer's template, up to where the completion begins.
 
     A template that refuses or drops the system role gets its text in the first user turn. Thinking
     is off (templates without such a switch ignore it): the completion is to be the answer.
+    ValueError, with the template's own error, if that fails too."""
+    system, first_turn, *other_turns = build_messages(question)
+    merged_turn = {"role": "user", "content": f"{SYSTEM_PROMPT}\n\n{first_turn['content']}"}
+    for chat in ([system, first_turn, *other_turns], [merged_turn, *other_turns]):
+        reason = "it loses the system prompt"
+        try:
+            text = tokenizer.apply_chat_template(
+                chat, tokenize=False, add_generation_prompt=True, enable_thinking=False
+            )
+        except (jinja2.TemplateError, TypeError, ValueError) as error:
+            reason = repr(error)
+            continue
+        if SYSTEM_PROMPT in text:
+            return text
+    raise ValueError(f"the chat template of {tokenizer.name_or_path} cannot be used: {reason}")
+
+
+def render_template(tokenizer):
+    """The texts before and after a question, (head, tail), by the tokenizer's chat template.
     ValueError for a tokenizer without template or offsets, and for a template that fails."""
     name = tokenizer.name_or_path
     if not tokenizer.is_fast:
         raise ValueError(f"the tokenizer of {name} has no character offsets")
     if not tokenizer.chat_template:
         raise ValueError(f"the tokenizer of {name} has no chat template: use an instruct model")
-    system, first_turn, *other_turns = build_messages(PLACEHOLDER)
-    merged_turn = {"role": "user", "content": f"{SYSTEM_PROMPT}\n\n{first_turn['content']}"}
-    for chat in ([system, first_turn, *other_turns], [merged_turn, *other_turns]):
-        try:
-            text = tokenizer.apply_chat_template(
-                chat, tokenize=False, add_generation_prompt=True, enable_thinking=False
-            )
-        except jinja2.TemplateError:
-            continue
-        if SYSTEM_PROMPT in text and text.count(PLACEHOLDER) == 1:
-            head, tail = text.split(PLACEHOLDER)
-            return head, tail
-    raise ValueError(f"the chat template of {name} loses the system prompt or the question")
+    text = render_chat(tokenizer, PLACEHOLDER)
+    if text.count(PLACEHOLDER) != 1:
+        raise ValueError(f"the chat template of {name} loses the question or repeats it")
+    head, tail = text.split(PLACEHOLDER)
+    return head, tail
 
 
 def encode_prompts(tokenizer, questions, template=None):
-    """The Prompt of each question (strings). template: (head, tail) as render_template gives them,
-    which it is asked for if None."""
+    """The Prompt of each question (strings).
+
+    template: (head, tail) of an earlier render_template, for a template that has today's date in
+    it. If None it is rendered now; ValueError then names a question that the template rewrites."""
+    questions = [question.strip() for question in questions]
     head, tail = template or render_template(tokenizer)
-    texts = [head + question.strip() + tail for question in questions]
+    texts = [head + question + tail for question in questions]
+    if template is None:
+        for question, text in zip(questions, texts):
+            if render_chat(tokenizer, question) != text:
+                name = tokenizer.name_or_path
+                raise ValueError(
+                    f"the chat template of {name} rewrites the question {question!r:.99}"
+                )
     encoding = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
     prompts = []
     for text, ids, offsets in zip(texts, encoding["input_ids"], encoding["offset_mapping"]):
@@ -495,6 +518,18 @@ def question_span(offsets, begin, end):
     if not touching:
         raise ValueError("the tokenizer makes no token of the question")
     return touching[0], touching[-1] + 1
+
+
+def end_of_turn(tokenizer):
+    """The token with which the chat template ends an assistant's turn: in the rendered example, the
+    first added token (one that no text is split into) after the answer. None if there is none."""
+    head, _ = render_template(tokenizer)
+    _, answer, after_answer = head.rpartition(EXAMPLE_ANSWER)
+    if answer:
+        for token in tokenizer(after_answer, add_special_tokens=False)["input_ids"]:
+            if token in tokenizer.added_tokens_decoder:
+                return token
+    return None
 
 
 ANSWER = re.compile(r"\\boxed\s*\{((?:[^{}]|\{[^{}]*\})*)\}|####([^\n]*)")
@@ -529,6 +564,7 @@ def reward(completion, gold):
 #     import torch
 #     import torch.nn.functional as F
 #     from gainrl import angle_concentration, mixed_precision, run_body   # section 3
+#     from gainrl import end_of_turn                                      # section 5
 LOGIT_CHUNK = 256  # tokens whose logits are in memory at once
 
 # B = P G completions: ids and attention_mask (B, T) of prompt and completion; completion_mask
@@ -554,11 +590,15 @@ def left_pad(prompts):
 
 
 def end_tokens(model, tokenizer):
-    """The tokens that end a completion, (E,) on the model's device."""
-    ends = model.generation_config.eos_token_id
-    if ends is None:
-        ends = tokenizer.eos_token_id
-    return torch.tensor([ends], device=model.device).flatten()
+    """The tokens that end a completion, (E,) on the model's device: those of the generation config,
+    the tokenizer's, and the one with which the chat template ends a turn, which a base model's
+    generation config does not know. ValueError if there is none."""
+    of_generation = model.generation_config.eos_token_id  # an id, a list or None
+    ends = of_generation if isinstance(of_generation, list) else [of_generation]
+    ends = {*ends, tokenizer.eos_token_id, end_of_turn(tokenizer)} - {None}
+    if not ends:
+        raise ValueError(f"{model.name_or_path} has no end token: completions would never end")
+    return torch.tensor(sorted(ends), device=model.device)
 
 
 def choose_token(logits, temperature, generator):
@@ -862,12 +902,13 @@ def load_task(config, run):
     if TINY_WORLD in (config.model, config.dataset):
         make_tiny_world(TINY_WORLD)
     model, tokenizer = load_model(config.model, torch.device(config.device))
-    template = run.template or render_template(tokenizer)
-    longest = context_limit(model.config) - config.max_new_tokens
-    problems = load_problems(tokenizer, config.dataset, "train", longest, template)
-    test_problems = load_problems(tokenizer, config.dataset, "test", longest, template)
+    longest = context_limit(model) - config.max_new_tokens
+    problems = load_problems(tokenizer, config.dataset, "train", longest, run.template)
+    test_problems = load_problems(tokenizer, config.dataset, "test", longest, run.template)
     test_problems = test_problems[: config.eval_examples]
-    run.check_data(problems + test_problems, template)
+    check_model(model, [problem["prompt"] for problem in problems])
+    end_tokens(model, tokenizer)  # now, rather than after scoring, if there is none
+    run.check_data(problems + test_problems, run.template or render_template(tokenizer))
     return model, tokenizer, problems, test_problems
 
 
@@ -879,15 +920,64 @@ def load_model(name, device):
         tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(name)
     except Exception as error:  # the hub fails in too many ways to list
         hint = "check name and network, name a local folder, or run --preset tiny"
+        if Path(name).is_dir():
+            hint = f"wanted are config.json, model.safetensors and tokenizer.json, {contents(name)}"
         raise ValueError(f"cannot load --model {name}: {hint} ({error!r:.300})") from error
     # Its gradients are NaN for some lengths of masked rows (pytorch issue 196678).
     torch.backends.cuda.enable_cudnn_sdp(False)
     return model.to(device).eval(), tokenizer
 
 
-def context_limit(model_config):
-    """The tokens that prompt and completion may have together."""
-    return getattr(model_config, "max_position_embeddings", math.inf)
+def context_limit(model):
+    """The tokens that prompt and completion may have together.
+
+    Rotary embeddings of the types longrope and dynamic turn all keys differently once a text is
+    longer than the switch. Cached keys would be wrong from there on: the switch is the limit."""
+    config = model.config.get_text_config()
+    limits = [getattr(config, "max_position_embeddings", None) or math.inf]
+    rope = getattr(config, "rope_parameters", None) or {}
+    rope_of_layers = [rope] if "rope_type" in rope else rope.values()
+    for rope in rope_of_layers:
+        if rope["rope_type"] in ("longrope", "dynamic"):
+            limits.append(rope["original_max_position_embeddings"])
+    return min(limits)
+
+
+def check_model(model, prompts):
+    """ValueError unless this file computes the model's own logits, tried on the first prompt. It
+    finds what a list of models would miss: caps and scales behind lm_head, bodies with other
+    arguments, caches that cannot be repeated."""
+    who = f"--model {model.name_or_path} ({type(model).__name__}) cannot be used"
+    try:
+        difference = logits_difference(model, prompts[0])
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # each kind of model has its own
+        raise ValueError(f"{who}: it cannot be run in parts ({error!r:.300})") from error
+    if not difference <= 1e-3:
+        reason = f"its logits are not lm_head of its last hidden states ({difference:.1%} off)"
+        raise ValueError(f"{who}: {reason}")
+
+
+@torch.no_grad()
+def logits_difference(model, prompt):
+    """The largest difference between two ways to the logits of a question, as a share of the
+    largest logit: the model's own forward pass; and what this file does, lm_head of the body's last
+    hidden states, with padding on the left, the prefix cached, its cache repeated and the question
+    run on top. In float32 also on a GPU."""
+    n_samples, n_padding = 2, 3
+    ids = torch.tensor([prompt.ids], device=model.device)
+    own = model(input_ids=ids).logits[:, prompt.start :].float()
+
+    padded_ids = F.pad(ids, (n_padding, 0)).expand(n_samples, -1)
+    mask = F.pad(torch.ones_like(ids), (n_padding, 0)).bool().expand(n_samples, -1)
+    position_ids = (mask.cumsum(1) - 1).clamp(min=0)
+    split = n_padding + prompt.start
+    _, cache = run_body(model, padded_ids[:1, :split], mask[:1, :split], position_ids[:1, :split])
+    cache.batch_repeat_interleave(n_samples)
+    hidden, _ = run_body(model, padded_ids[:, split:], mask, position_ids[:, split:], cache)
+    ours = model.get_output_embeddings()(hidden).float()
+    return ((ours - own).abs().max() / own.abs().max()).item()
 
 
 def load_problems(tokenizer, source, split, longest, template=None):
@@ -899,8 +989,9 @@ def load_problems(tokenizer, source, split, longest, template=None):
     if not rows:
         raise ValueError(f"{path} is empty: it needs a line for each problem")
     for number, row in enumerate(rows, start=1):
-        if not is_problem(row):
-            raise ValueError(f"{path}:{number} needs a question and a numeric answer: {row!s:.99}")
+        fault = find_fault(row)
+        if fault:
+            raise ValueError(f"{path}:{number} {fault}: {row!s:.99}")
     prompts = encode_prompts(tokenizer, [row["question"] for row in rows], template)
     problems = [
         {**row, "index": index, "prompt": prompt}
@@ -924,14 +1015,18 @@ def load_hub_rows(source, split):
         raise ValueError(f"cannot load --dataset {source}: {hint} ({error!r:.300})") from error
 
 
-def is_problem(row):
-    """Whether a row has a question, and an answer with a number."""
+def find_fault(row):
+    """What is wrong with a row of a data set, or None."""
     if not isinstance(row, dict):
-        return False
+        return "is not an object with question and answer"
     question, answer = row.get("question"), row.get("answer")
-    if not isinstance(question, str) or not isinstance(answer, str):
-        return False
-    return bool(question.strip()) and extract_answer(answer) is not None
+    if not isinstance(question, str) or not question.strip():
+        return "has no question"
+    if not isinstance(answer, str) or extract_answer(answer) is None:
+        return "has no answer that ends in #### and a number"
+    if re.search("[\ud800-\udfff]", question):
+        return "has half of a surrogate pair in its question, which is no text"
+    return None
 
 
 # On --resume these may differ: they change memory or length, not what is computed.
@@ -1229,6 +1324,12 @@ def remove(path):
         path.unlink(missing_ok=True)
 
 
+def contents(folder):
+    """What a folder holds, for a message about what it lacks."""
+    names = sorted(entry.name for entry in Path(folder).iterdir())
+    return f"there are {', '.join(names[:9]) or 'no files'}"
+
+
 def write_json(path, value):
     with write_atomically(path) as temporary:
         temporary.write_text(json.dumps(value, indent=2) + "\n")
@@ -1244,7 +1345,7 @@ def read_jsonl(path):
     try:
         lines = path.read_bytes().splitlines()
     except OSError as error:
-        raise ValueError(f"cannot read {path} ({error})") from error
+        raise ValueError(f"cannot read {path}, {contents(path.parent)} ({error})") from error
     rows = []
     for number, line in enumerate(lines, start=1):
         try:
