@@ -46,6 +46,7 @@ import argparse
 import contextlib
 import copy
 import hashlib
+import inspect
 import json
 import math
 import os
@@ -186,7 +187,7 @@ def flag(name):
 
 # --- 3. The signal: angle concentration (paper, section 3) ----------------------------------------
 # To copy this section, take along:
-#     import copy, os
+#     import copy, inspect, os
 #     from collections import namedtuple
 #     import torch
 #     import torch.nn.functional as F
@@ -242,14 +243,18 @@ def run_body(model, ids, attention_mask=None, position_ids=None, cache=None):
 
     The body is the model without its head. It is called by keyword, because the order of the
     arguments differs between models. ids: (B, T); attention_mask: (B, cached tokens + T)."""
-    output = model.base_model(
+    body = model.base_model
+    # transformers 5.24 renamed the argument, model by model.
+    renamed = "cache" in inspect.signature(body.forward).parameters
+    cache_name = "cache" if renamed else "past_key_values"
+    output = body(
         input_ids=ids,
         attention_mask=attention_mask,
         position_ids=position_ids,
-        past_key_values=cache,
         use_cache=True,
+        **{cache_name: cache},
     )
-    return output.last_hidden_state, output.past_key_values
+    return output.last_hidden_state, output[cache_name]
 
 
 def mixed_precision(device):
@@ -1483,8 +1488,10 @@ def warm_up(model, tokenizer, problems, rng, steps, effort):
         ids, is_completion = batch["input_ids"], batch["token_type_ids"] > 0
         _, cache = run_body(model, prefix)  # once for all: they begin alike
         cache.batch_repeat_interleave(len(pairs))
-        labels = ids.where(is_completion, -100)
-        model(input_ids=ids, past_key_values=cache, labels=labels).loss.backward()
+        hidden, _ = run_body(model, ids, cache=cache)
+        logits = model.lm_head(hidden)
+        targets = F.pad(ids.where(is_completion, -100), (0, 1), value=-100)[:, 1:]  # -100: no loss
+        F.cross_entropy(logits.flatten(0, 1), targets.flatten()).backward()
         for part in (*optimizers, *schedules):
             part.step()
         model.zero_grad()
