@@ -820,8 +820,8 @@ def train(config):
             prompts = [problem["prompt"] for problem in problems]
             scores = score_prompts(model, prompts, config.score_batch, include_self)
         curriculum = make_curriculum(config, scores)
-        run.begin(problems, scores, curriculum)
         step = run.load_checkpoint(model, optimizer, curriculum, generator)
+        run.begin(problems, scores, curriculum)
 
         with GracefulStop() as stop, tqdm(total=config.steps, initial=step, unit="step") as bar:
             while step < config.steps and not stop.signum:
@@ -1035,7 +1035,7 @@ def find_fault(row):
 
 
 # On --resume these may differ: they change memory or length, not what is computed.
-MAY_CHANGE = ("steps", "micro_batch", "score_batch", "checkpoint_every", "run_dir", "resume")
+MAY_CHANGE = ("steps", "micro_batch", "score_batch", "checkpoint_every")
 
 
 class RunFolder:
@@ -1055,7 +1055,8 @@ class RunFolder:
         self.config = config
         self.path = Path(config.run_dir)
         self.lock = filelock.FileLock(self.path / ".lock")  # the system frees it after any death
-        self.record = asdict(config)
+        self.record = asdict(config)  # without where it is: a run may be moved
+        del self.record["run_dir"], self.record["resume"]
         self.template = None
         self.metrics, self.samples = [], []
         self.saved_step = None  # of the checkpoint
@@ -1257,7 +1258,8 @@ def read_record(run_dir):
     path = Path(run_dir, "config.json")
     try:
         record = json.loads(path.read_bytes())
-        missing = {setting.name for setting in fields(Config)} - set(record)
+        names = {setting.name for setting in fields(Config)} - {"run_dir", "resume"}
+        missing = names - set(record)
     except (OSError, ValueError, TypeError) as error:
         raise ValueError(f"--resume {run_dir} names no run: start one ({error})") from error
     if missing:
@@ -1521,9 +1523,9 @@ def parse_config(argv=None):
     named = vars(parser.parse_args(argv))
 
     if "resume" in named:
-        names = [setting.name for setting in fields(Config)]
+        names = {setting.name for setting in fields(Config)}
         record = read_record(named["resume"])
-        base = {name: record[name] for name in names}
+        base = {name: value for name, value in record.items() if name in names}
     else:
         preset = named.get("preset") or default_preset(named)
         base = PRESETS.get(preset, {})  # check() refuses another
