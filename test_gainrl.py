@@ -59,7 +59,7 @@ def qwen2(vocabulary, seed=0, **other):
     return transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**shape)).eval()
 
 
-def bpe(template=gainrl.CHATML, splits=True, pad="<|endoftext|>", eos="<|im_end|>"):
+def bpe(template=gainrl.CHAT_TEMPLATE, splits=True, pad="<|endoftext|>", eos="<|im_end|>"):
     """A byte-level BPE as real models have it. splits=False lets its tokens cross words and line
     ends, so that a token can hold the end of the prefix and the start of the question at once."""
     core = tokenizers.Tokenizer(tokenizers.models.BPE())
@@ -67,7 +67,7 @@ def bpe(template=gainrl.CHATML, splits=True, pad="<|endoftext|>", eos="<|im_end|
     core.pre_tokenizer, core.decoder = level, tokenizers.decoders.ByteLevel()
     trainer = tokenizers.trainers.BpeTrainer(
         vocab_size=400,
-        special_tokens=gainrl.SPECIAL,
+        special_tokens=[gainrl.PAD, gainrl.END, gainrl.BEGIN],
         initial_alphabet=level.alphabet(),
         show_progress=False,
     )
@@ -78,7 +78,11 @@ def bpe(template=gainrl.CHATML, splits=True, pad="<|endoftext|>", eos="<|im_end|
 
 
 def tiny(**settings):
-    return gainrl.Config(preset="tiny", model="any", dataset="any", **settings)
+    return gainrl.Config(**{**gainrl.PRESETS["tiny"], **settings})
+
+
+def score(model, tokenizer, questions, **options):
+    return gainrl.score_prompts(model, gainrl.encode_prompts(tokenizer, questions), **options)
 
 
 def cosine_means(hidden, prefix, question, include_self=True):
@@ -208,16 +212,16 @@ def test_scores_track_gradient_norms_on_the_warmed_up_tiny_world(world, skilled)
     model, tokenizer = skilled
     n, config = 200, tiny()
     problems = gainrl.load_problems(tokenizer, str(world), "test", 400)[:n]
-    scores = gainrl.score_prompts(model, tokenizer, [p["question"] for p in problems], config)
+    scores = gainrl.score_prompts(model, [p["prompt"] for p in problems])
     torch.manual_seed(0)
     generator, norms = torch.Generator().manual_seed(0), {"GRPO loss": [], "up_proj": []}
     for problem in problems:
         done = gainrl.generate(model, tokenizer, [problem["prompt"]], config, 8, generator)
         rewards = torch.tensor([[gainrl.reward(t, problem["answer"]) for t in done.texts]])
         advantages = gainrl.group_advantages(rewards)[0]
-        shape = done.mask.shape[1], config.temperature, 8
+        shape = done.completion_mask.shape[1], config.temperature, 8
         logprobs = gainrl.completion_logprobs(model, done.ids, done.attention_mask, *shape)
-        loss, _ = gainrl.grpo_loss(logprobs, logprobs.detach(), advantages, done.mask)
+        loss, _ = gainrl.grpo_loss(logprobs, logprobs.detach(), advantages, done.completion_mask)
         grads = torch.autograd.grad(loss, list(model.parameters()))
         norms["GRPO loss"].append(torch.stack([g.norm() for g in grads]).norm())
         ids = torch.tensor([problem["prompt"].ids])
@@ -323,8 +327,8 @@ def test_scores_with_a_reused_prefix_are_those_of_whole_prompts_run_alone(
 ):
     tokenizer = request.getfixturevalue(kind)
     model = qwen2(len(tokenizer))
-    config = tiny(curriculum=curriculum, score_batch=2)
-    scores = gainrl.score_prompts(model, tokenizer, QUESTIONS, config)
+    include_self = curriculum == "angle"
+    scores = score(model, tokenizer, QUESTIONS, batch_size=2, include_self=include_self)
     for row, (ids, start, end) in enumerate(gainrl.encode_prompts(tokenizer, QUESTIONS)):
         with torch.no_grad():
             hidden = model.base_model(torch.tensor([ids])).last_hidden_state[0]
@@ -337,18 +341,18 @@ def test_scores_with_a_reused_prefix_are_those_of_whole_prompts_run_alone(
 
 def test_batch_size_and_order_of_questions_change_no_score(model, tokenizer):
     questions = QUESTIONS * 2 + ["Cid has 5 cards.", "Dee has 6 eggs.", "Eve has 7 figs."]
-    reference = gainrl.score_prompts(model, tokenizer, questions, tiny())
+    reference = score(model, tokenizer, questions)
     order = torch.randperm(len(questions), generator=torch.Generator().manual_seed(0))
     shuffled = [questions[k] for k in order]
     for size in (1, 3):
-        scores = gainrl.score_prompts(model, tokenizer, shuffled, tiny(score_batch=size))
+        scores = score(model, tokenizer, shuffled, batch_size=size)
         for a, b in zip(scores, reference):
             torch.testing.assert_close(a, b[order], rtol=0, atol=1e-5)
 
 
 def test_scoring_never_runs_the_head(model, tokenizer):
     handle = model.lm_head.register_forward_hook(lambda *_: pytest.fail("the head ran"))
-    gainrl.score_prompts(model, tokenizer, QUESTIONS, tiny())
+    score(model, tokenizer, QUESTIONS)
     handle.remove()
 
 
@@ -356,15 +360,15 @@ def test_a_score_that_is_not_finite_names_its_question(tokenizer):
     model, questions = qwen2(len(tokenizer)), ["Ann has 3.", "Zoe has 4.", "Ben has 5."]
     (poisoned,) = tokenizer("Z")["input_ids"]
     model.model.embed_tokens.weight.data[poisoned] = math.nan
-    with pytest.raises(ValueError, match="question 1 .*Zoe has 4"):
-        gainrl.score_prompts(model, tokenizer, questions, tiny())
+    with pytest.raises(ValueError, match="question 1 is not finite"):
+        score(model, tokenizer, questions)
 
 
 # --- The curriculum -------------------------------------------------------------------------------
 
 
 def test_probabilities_are_a_gaussian_over_positions():
-    curriculum = gainrl.GaussianCurriculum(torch.rand(50), 4, sigma=0.1)
+    curriculum = gainrl.GaussianCurriculum(torch.rand(50), 4, sigma=5.0)
     curriculum.mean = 12.5
     density = [math.exp(-((k - 12.5) ** 2) / (2 * 5.0**2)) for k in range(50)]
     expected = [d / sum(density) for d in density]
@@ -373,7 +377,7 @@ def test_probabilities_are_a_gaussian_over_positions():
 
 
 def test_a_mean_far_from_all_data_still_gives_probabilities_and_full_batches():
-    curriculum = gainrl.GaussianCurriculum(torch.rand(100), 40, sigma=0.01)
+    curriculum = gainrl.GaussianCurriculum(torch.rand(100), 40, sigma=1.0)
     curriculum.mean = 1e9
     probabilities = curriculum.probabilities()
     assert probabilities.isfinite().all() and probabilities.sum().item() == pytest.approx(1)
@@ -383,7 +387,7 @@ def test_a_mean_far_from_all_data_still_gives_probabilities_and_full_batches():
 
 
 def test_first_draws_follow_the_probabilities():
-    curriculum = gainrl.GaussianCurriculum(torch.arange(30), 1, sigma=0.2)
+    curriculum = gainrl.GaussianCurriculum(torch.arange(30), 1, sigma=6.0)
     curriculum.mean = 8.0
     drawn = torch.tensor([curriculum.sample()[0] for _ in range(5000)])
     counts = torch.zeros(30)
@@ -393,7 +397,7 @@ def test_first_draws_follow_the_probabilities():
 
 def test_batches_are_draws_without_replacement():
     """P{i, j} = p_i p_j / (1 - p_i) + p_j p_i / (1 - p_j): the second comes from what is left."""
-    curriculum = gainrl.GaussianCurriculum(-torch.arange(5), 2, sigma=0.3)
+    curriculum = gainrl.GaussianCurriculum(-torch.arange(5), 2, sigma=1.5)
     p = curriculum.probabilities().tolist()
     pairs = list(itertools.combinations(range(5), 2))
     expected = [p[i] * p[j] * (1 / (1 - p[i]) + 1 / (1 - p[j])) for i, j in pairs]
@@ -419,7 +423,7 @@ def test_the_mean_moves_by_two_sigmoids():
     def S(z):
         return 2 / (1 + math.exp(-2 * z)) - 1
 
-    curriculum, mean = gainrl.GaussianCurriculum(torch.rand(1000), 4, step=0.05), 0.0
+    curriculum, mean = gainrl.GaussianCurriculum(torch.rand(1000), 4, step=50.0), 0.0
     for accuracy, angle in [(0.9, 0.4), (0.2, 0.7), (0.5, 0.1)]:
         mean += 50 * (S(2 * (accuracy - 0.5)) + S(2 * angle))
         assert curriculum.update(accuracy, angle) == pytest.approx(mean)
@@ -429,7 +433,7 @@ def test_the_mean_moves_by_two_sigmoids():
 
 
 def test_the_mean_never_goes_back_and_stops_at_the_last_position():
-    curriculum = gainrl.GaussianCurriculum(torch.rand(20), 4, step=0.3)
+    curriculum = gainrl.GaussianCurriculum(torch.rand(20), 4, step=6.0)
     assert curriculum.update(0.0, -1.0) == 0
     means = [curriculum.update(1.0, 1e300) for _ in range(10)]
     assert means == sorted(means) and means[0] > 0 and means[-1] == 19
@@ -626,7 +630,7 @@ def test_two_missing_answers_never_agree():
 
 
 TEMPLATES = {
-    "ChatML": gainrl.CHATML,
+    "ChatML": gainrl.CHAT_TEMPLATE,
     "refuses the system role": "{% for m in messages %}{% if m.role == 'system' %}"
     "{{ raise_exception('System role not supported') }}{% endif %}"
     "<start>{{ m.role }}\n{{ m.content }}<end>\n{% endfor %}<start>model\n",
@@ -655,12 +659,12 @@ def test_the_question_span_is_the_fewest_tokens_that_hold_the_question(template,
         before = text(ids[: start + 1])  # a token may hold the end of the prefix too
         assert before.count(gainrl.SYSTEM_PROMPT) == 1
         assert before.index(gainrl.SYSTEM_PROMPT) < before.index("What is 2+2?")
-        assert gainrl.EXAMPLE[1] in before
+        assert gainrl.EXAMPLE_ANSWER in before
         assert "assistant" in text(ids[end - 1 :]) or "model" in text(ids[end - 1 :])
         if "system" in template and "raise" not in template and "!=" not in template:
             messages = gainrl.build_messages(question)
             assert text(ids) == tokenizer.apply_chat_template(messages, tokenize=False)
-        elif template in (TEMPLATES["trims the content"], gainrl.CHATML):
+        elif template in (TEMPLATES["trims the content"], gainrl.CHAT_TEMPLATE):
             messages, flags = gainrl.build_messages(question), {"add_generation_prompt": True}
             assert text(ids) == tokenizer.apply_chat_template(messages, tokenize=False, **flags)
 
@@ -694,7 +698,7 @@ def test_tiny_problems_are_solved_by_their_own_sentences():
         for act in (act.split() for act in acts):
             if act[-3] == who:
                 number += sign[act[-2]] * int(act[-1])
-                assert 0 <= number <= gainrl.TOP
+                assert 0 <= number <= gainrl.LARGEST
         assert gainrl.extract_answer(row["answer"]) == str(number)
 
 
@@ -813,7 +817,7 @@ def test_chunks_change_neither_logprobs_nor_gradients_and_bound_the_logits(model
     for chunk in (1024, 3, 1):
         sizes.clear()
         model.zero_grad()
-        monkeypatch.setattr(gainrl, "CHUNK", chunk)
+        monkeypatch.setattr(gainrl, "LOGIT_CHUNK", chunk)
         logprobs = gainrl.completion_logprobs(model, ids, mask, 5, 0.8)
         (logprobs * torch.linspace(-1, 1, 10).view(2, 5)).sum().backward()
         assert all(math.prod(size) <= chunk for size in sizes)
@@ -858,7 +862,7 @@ def test_greedy_completions_are_those_of_model_generate(stopping, tokenizer):
         plain = {"do_sample": False, "max_new_tokens": 24, "pad_token_id": 0}
         ids = torch.tensor([prompt.ids])
         expected = stopping.generate(ids, attention_mask=torch.ones_like(ids), **plain)[0]
-        completion = done.ids[row][-done.mask.shape[1] :][done.mask[row]]
+        completion = done.ids[row][-done.completion_mask.shape[1] :][done.completion_mask[row]]
         assert completion.tolist() == expected[len(prompt.ids) :].tolist()
         assert done.texts[row] == tokenizer.decode(completion, skip_special_tokens=True)
         assert done.ids[row][done.attention_mask[row]].tolist() == expected.tolist()
@@ -873,17 +877,17 @@ def test_a_completion_ends_with_its_first_end_token_also_where_pad_is_eos(stoppi
     prompts = gainrl.encode_prompts(tokenizer, QUESTIONS[:3])
     generator = torch.Generator().manual_seed(0)
     done = gainrl.generate(stopping, tokenizer, prompts, tiny(max_new_tokens=30), 8, generator)
-    ended, width = 0, done.mask.shape[1]
-    for ids, mask in zip(done.ids[:, -width:].tolist(), done.mask.tolist()):
+    ended, width = 0, done.completion_mask.shape[1]
+    for ids, mask in zip(done.ids[:, -width:].tolist(), done.completion_mask.tolist()):
         ends = [k for k, token in enumerate(ids) if token in ENDS]
         kept = ends[0] + 1 if ends else width
         assert mask == [True] * kept + [False] * (width - kept)
         ended += bool(ends)
     assert ended > 10
     # A loss that has the end token moves its log-probability; what comes after is no part of it.
-    x = torch.zeros(done.mask.shape, requires_grad=True)
-    gainrl.grpo_loss(x, x.detach(), torch.ones(24), done.mask)[0].backward()
-    torch.testing.assert_close(x.grad, -done.mask.float() / done.mask.sum())
+    x = torch.zeros(done.completion_mask.shape, requires_grad=True)
+    gainrl.grpo_loss(x, x.detach(), torch.ones(24), done.completion_mask)[0].backward()
+    torch.testing.assert_close(x.grad, -done.completion_mask.float() / done.completion_mask.sum())
 
 
 def test_sampling_follows_the_softmax_and_inherits_nothing(tokenizer):
@@ -908,7 +912,7 @@ def test_samples_stand_beside_their_prompt_and_are_worth_their_logprobs(stopping
     prompts = gainrl.encode_prompts(tokenizer, QUESTIONS[:3])
     generator = torch.Generator().manual_seed(0)
     done = gainrl.generate(stopping, tokenizer, prompts, tiny(max_new_tokens=6), 4, generator)
-    width = done.mask.shape[1]
+    width = done.completion_mask.shape[1]
     for row in range(12):
         whole = done.ids[row][done.attention_mask[row]].tolist()
         assert whole[: len(prompts[row // 4].ids)] == prompts[row // 4].ids
@@ -916,17 +920,19 @@ def test_samples_stand_beside_their_prompt_and_are_worth_their_logprobs(stopping
     logprobs = gainrl.completion_logprobs(stopping, done.ids, done.attention_mask, width, 1.0)
     alone = done.ids[5][done.attention_mask[5]]
     table = stopping(alone[None]).logits[0].log_softmax(-1)
-    n = done.mask[5].sum()
+    n = done.completion_mask[5].sum()
     by_hand = table[-n - 1 : -1].gather(1, alone[-n:, None])[:, 0]
-    torch.testing.assert_close(logprobs[5][done.mask[5]], by_hand, rtol=0, atol=1e-5)
+    torch.testing.assert_close(logprobs[5][done.completion_mask[5]], by_hand, rtol=0, atol=1e-5)
 
 
 def test_the_angle_of_a_batch_is_the_mean_score_of_its_prompts(model, tokenizer):
     for curriculum in ("angle", "angle-unbiased"):
         config = tiny(curriculum=curriculum, max_new_tokens=1)
         prompts = gainrl.encode_prompts(tokenizer, QUESTIONS)
-        done = gainrl.generate(model, tokenizer, prompts, config)
-        scores = gainrl.score_prompts(model, tokenizer, QUESTIONS, config)
+        include_self = curriculum == "angle"
+        generator = torch.Generator().manual_seed(0)
+        done = gainrl.generate(model, tokenizer, prompts, config, 1, generator, include_self)
+        scores = score(model, tokenizer, QUESTIONS, include_self=include_self)
         assert done.angle == pytest.approx(scores.angle.mean().item(), abs=1e-5)
 
 
@@ -936,7 +942,7 @@ def batch(stopping, tokenizer):
     prompts = gainrl.encode_prompts(tokenizer, QUESTIONS[:2])
     generator = torch.Generator().manual_seed(5)
     done = gainrl.generate(stopping, tokenizer, prompts, tiny(max_new_tokens=12), 4, generator)
-    assert len(set(done.mask.sum(1).tolist())) > 2
+    assert len(set(done.completion_mask.sum(1).tolist())) > 2
     torch.manual_seed(2)
     return done, torch.randn(8), qwen2(len(tokenizer), seed=7)
 
@@ -949,7 +955,7 @@ def test_micro_batches_give_the_update_of_the_whole_batch(stopping, batch, updat
     most."""
     done, advantages, reference = batch
     advantages, rate = advantages * scale, 0.05
-    shape = done.ids, done.attention_mask, done.mask.shape[1], 0.9
+    shape = done.ids, done.attention_mask, done.completion_mask.shape[1], 0.9
     settings = {"updates": updates, "kl": 0.01 * scale, "clip": 0.01, "temperature": 0.9}
 
     by_hand = copy.deepcopy(stopping)
@@ -957,7 +963,7 @@ def test_micro_batches_give_the_update_of_the_whole_batch(stopping, batch, updat
         old = gainrl.completion_logprobs(by_hand, *shape)
         anchor = gainrl.completion_logprobs(reference, *shape)
     for _ in range(updates):
-        terms = gainrl.completion_logprobs(by_hand, *shape), old, advantages, done.mask
+        terms = gainrl.completion_logprobs(by_hand, *shape), old, advantages, done.completion_mask
         loss, stats = gainrl.grpo_loss(*terms, 0.01, anchor, 0.01 * scale)
         grads = torch.autograd.grad(loss, list(by_hand.parameters()))
         norm = torch.stack([g.norm() for g in grads]).norm().item()
@@ -1062,7 +1068,7 @@ def test_a_short_run_on_the_tiny_world_improves(world, tmp_path, capsys):
     where = ["--preset", "tiny", "--model", str(world), "--dataset", str(world)]
     short = ["--run-dir", str(run), "--steps", "8", "--eval-every", "8", "--eval-examples", "300"]
     assert not gainrl.main([*where, *short])
-    (summary,) = read(run / "summary.json")
+    summary = json.loads((run / "summary.json").read_text())
     with capsys.disabled():
         print(f" {summary['accuracy_before']:.3f} to {summary['accuracy_after']:.3f}", end=" ")
     before, after = (row for row in read(run / "metrics.jsonl") if "eval_accuracy" in row)
@@ -1072,22 +1078,22 @@ def test_a_short_run_on_the_tiny_world_improves(world, tmp_path, capsys):
 def test_a_run_leaves_its_files_with_their_keys(whole, small, skilled, flags):
     assert {p.name for p in whole.iterdir()} == {
         *("config.json", "scores.jsonl", "metrics.jsonl", "samples.jsonl", "summary.json"),
-        "checkpoint",
+        *("checkpoint", "model"),
     }
-    (config,) = read(whole / "config.json")
+    config = json.loads((whole / "config.json").read_text())
     assert config["steps"] == 8 and config["dataset"] == str(small) and config["lr"] == 1e-4
 
     rows = read(whole / "scores.jsonl")
     assert [row["index"] for row in rows] == list(range(len(ROWS)))
     questions = [row["question"] for row in ROWS]
-    scores = gainrl.score_prompts(*skilled, questions, tiny())
+    scores = score(*skilled, questions)
     for name in ("intra", "inter", "angle", "tokens"):
         assert [r[name] for r in rows] == pytest.approx(getattr(scores, name).tolist(), abs=1e-5)
 
     rows = read(whole / "metrics.jsonl")
     steps = [row for row in rows if "loss" in row]
     evaluations = [row for row in rows if "eval_accuracy" in row]
-    keys = "step reward accuracy angle mean loss grad_norm useful_groups kl clip_fraction"
+    keys = "step accuracy angle mean loss grad_norm useful_groups kl clip_fraction"
     keys += " completion_length seconds tokens_per_second"
     assert all(set(row) == set(keys.split()) for row in steps)
     assert [row["step"] for row in steps] == list(range(1, 9))
@@ -1103,7 +1109,7 @@ def test_a_run_leaves_its_files_with_their_keys(whole, small, skilled, flags):
         for text, reward in row["completions"]:
             assert reward == gainrl.reward(text, gold[row["question"]])
 
-    (summary,) = read(whole / "summary.json")
+    summary = json.loads((whole / "summary.json").read_text())
     keys = "preset curriculum seed steps accuracy_before accuracy_after seconds"
     assert set(summary) == {*keys.split(), "rank_length_correlation"}
     assert summary["steps"] == 8
@@ -1126,7 +1132,7 @@ def test_each_curriculum_runs_and_ranks_by_its_own_score(flags, tmp_path, curric
     run = tmp_path / "run"
     arm = ["--curriculum", curriculum, "--run-dir", str(run), "--steps", "2"]
     assert not gainrl.main([*flags, *arm])
-    (summary,) = read(run / "summary.json")
+    summary = json.loads((run / "summary.json").read_text())
     assert summary["curriculum"] == curriculum and summary["steps"] == 2
     rows = read(run / "scores.jsonl")
     lengths = torch.tensor([row["tokens"] for row in rows])
@@ -1134,7 +1140,7 @@ def test_each_curriculum_runs_and_ranks_by_its_own_score(flags, tmp_path, curric
         assert abs(summary["rank_length_correlation"]) < 0.5
     else:
         key = "tokens" if curriculum == "length" else "angle"
-        sign = 1 if curriculum == "length" else -1  # short first, but high angles first
+        sign = 1 if curriculum in ("length", "reversed") else -1  # what comes first: low or high
         order = sorted(range(len(rows)), key=lambda k: sign * rows[k][key])
         rank = torch.empty(len(rows))
         rank[order] = torch.arange(float(len(rows)))
@@ -1209,16 +1215,16 @@ def test_ctrl_c_during_an_evaluation_loses_no_step(flags, tmp_path, monkeypatch)
 
 
 def test_a_run_that_failed_to_write_its_scores_goes_on(flags, tmp_path, monkeypatch):
-    write, run = gainrl.write, tmp_path / "run"
+    write_jsonl, run = gainrl.write_jsonl, tmp_path / "run"
 
-    def full(path, content):
+    def full(path, rows):
         if path.name == "scores.jsonl":
             raise OSError("no space")
-        write(path, content)
+        write_jsonl(path, rows)
 
     argv = [*flags, "--run-dir", str(run), "--steps", "1"]
     with monkeypatch.context() as patch:
-        patch.setattr(gainrl, "write", full)
+        patch.setattr(gainrl, "write_jsonl", full)
         assert gainrl.main(argv) == 2
     assert not gainrl.main(["--resume", str(run)])
 
@@ -1268,136 +1274,6 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_checkpoint(
     state = torch.load(run / "checkpoint" / "state.pt", weights_only=True)
     assert state["step"] == 2
     assert all(value.isfinite().all() for value in state["model"].values())
-
-
-# --- README's example for more than one GPU, in TRL -----------------------------------------------
-SMALL = {"max_steps": 8, "save_steps": 4, "num_iterations": 2, "gradient_accumulation_steps": 2}
-SMALL |= {"num_generations": 2, "per_device_train_batch_size": 4, "max_completion_length": 8}
-SMALL |= {"eval_strategy": "steps", "eval_steps": 2, "per_device_eval_batch_size": 4}
-SMALL |= {"learning_rate": 1e-2, "use_cpu": True, "bf16": False, "report_to": "none"}
-
-
-def watch_example():
-    """In a process of its own: run example.py, word for word, on what makes it small (a random
-    model, 40 questions, SMALL, a reward that noise earns), and log each rank's draws, rows and
-    updates. It also evaluates, rank 1 scores unlike rank 0, and the draw of number DIES_AT is the
-    last."""
-    import trl
-
-    rank, draws = int(os.environ.get("RANK", "0")), itertools.count(1)
-
-    def note(*event):
-        with open(f"log-{rank}.jsonl", "a") as log:
-            print(json.dumps(event), file=log)
-
-    class Curriculum(gainrl.GaussianCurriculum):
-        def sample(self):
-            note("draw", self.mean, batch := super().sample())
-            if next(draws) == int(os.environ.get("DIES_AT", "0")):
-                os.kill(os.getpid(), signal.SIGKILL)
-            return batch
-
-        def update(self, accuracy, angle):
-            note("update", super().update(accuracy, angle), accuracy, angle)
-
-    class Trainer(trl.GRPOTrainer):
-        def __init__(self, model, rewards, args, data, **others):
-            some = data.select(range(4))
-            super().__init__(model, rewards, args, data, eval_dataset=some, **others)
-
-        def _calculate_rewards(self, rows, prompts, completions, *others):
-            if self.model.training:
-                right = ["e" in c[0]["content"] for c in completions]
-                note("rows", [row["question"] for row in rows], right)
-            return super()._calculate_rewards(rows, prompts, completions, *others)
-
-    def score(*inputs, plain=gainrl.score_prompts):
-        scores = plain(*inputs)
-        return scores._replace(angle=scores.angle.flip(0)) if rank else scores
-
-    load, config = gainrl.load_model, trl.GRPOConfig
-    gainrl.load_model = lambda name, device: load("../model", device)
-    gainrl.reward = lambda text, gold: float("e" in text and "####" in gold)
-    gainrl.score_prompts, gainrl.GaussianCurriculum, trl.GRPOTrainer = score, Curriculum, Trainer
-    trl.GRPOConfig = lambda **named: config(**named | SMALL)
-    datasets.load_dataset = lambda *_, **__: datasets.Dataset.from_list(ROWS)
-    runpy.run_path("example.py")
-
-
-@pytest.fixture
-def in_trl(tmp_path, model, tokenizer):
-    """Starts the example in a folder of that name."""
-    if not importlib.util.find_spec("trl"):
-        pytest.skip("TRL is not installed: pip install trl==1.16.0")
-    for part in (model, tokenizer):
-        part.save_pretrained(tmp_path / "model")
-    blocks = re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.DOTALL)
-    (example,) = (block for block in blocks if "GRPOTrainer" in block)
-
-    def start(name, *options, launcher=(), **environment):
-        folder = tmp_path / name
-        folder.mkdir(exist_ok=True)
-        (folder / "example.py").write_text(example)
-        (folder / "watch.py").write_text("import test_gainrl\n\ntest_gainrl.watch_example()\n")
-        environment |= os.environ | {"PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"}
-        argv = [sys.executable, *launcher, "watch.py", *options]
-        with (folder / "output.txt").open("a") as output:
-            pipes = {"stdout": output, "stderr": subprocess.STDOUT}
-            return subprocess.Popen(argv, cwd=folder, env=environment, **pipes)
-
-    return start
-
-
-def status(process):
-    try:
-        return process.wait(timeout=200)
-    finally:
-        process.terminate()
-
-
-def check_curriculum(scores, *logs):
-    """Four batches: on all ranks the same draws and the same mean, which each update has moved
-    before the next draw; the ranks' rows are the drawn questions; the accuracy is that of all of
-    them."""
-    shared, *others = [[event for event in log if event[0] != "rows"] for log in logs]
-    assert all(other == shared for other in others)
-    assert [event[0] for event in shared] == ["draw", "update"] * 4
-    rows = [[event[1:] for event in log if event[0] == "rows"] for log in logs]
-    mean, accuracies = 0.0, set()
-    for draw, update, *parts in zip(shared[::2], shared[1::2], *rows, strict=True):
-        assert draw[1] == mean
-        _, mean, accuracy, angle = update
-        questions, right = ([*itertools.chain(*part)] for part in zip(*parts))
-        assert questions == [ROWS[k]["question"] for k in draw[2] for _ in range(2)]
-        assert accuracy == sum(right) / len(right)
-        assert angle == pytest.approx(scores.angle[draw[2]].mean().item())
-        accuracies.add(accuracy)
-    assert mean > 0 and len(accuracies) > 1
-
-
-@pytest.fixture
-def scores(model, tokenizer):
-    return gainrl.score_prompts(model, tokenizer, [row["question"] for row in ROWS], tiny())
-
-
-def test_the_example_in_one_process_and_killed_and_resumed(in_trl, tmp_path, scores):
-    """Killed at the fourth draw, so that the third, from after the checkpoint, is made again."""
-    whole, killed = in_trl("whole"), in_trl("killed", DIES_AT="4")
-    assert status(whole) == 0, (tmp_path / "whole" / "output.txt").read_text()
-    assert status(killed) == -signal.SIGKILL
-    assert status(in_trl("killed", "--resume")) == 0
-    whole, killed = (read(tmp_path / name / "log-0.jsonl") for name in ("whole", "killed"))
-    check_curriculum(scores, whole)
-    assert killed == whole[:10] + whole[6:]  # draw, rows, update; draw, ...
-
-
-def test_the_example_in_two_processes_draws_the_same_on_both(in_trl, tmp_path, scores):
-    """By the launcher that README names. --multi_gpu makes several processes also on a CPU, where
-    they talk over gloo; --cpu would make one."""
-    launcher = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-    both = in_trl("both", launcher=[*launcher, "--main_process_port", "0"])
-    assert status(both) == 0, (tmp_path / "both" / "output.txt").read_text()
-    check_curriculum(scores, *(read(tmp_path / "both" / f"log-{rank}.jsonl") for rank in (0, 1)))
 
 
 # --- Bad input: one line that names the thing, exit status 2, nothing written ---------------------
@@ -1536,24 +1412,15 @@ def test_a_damaged_checkpoint_is_refused(twin, capfd, damage):
 def test_a_checkpoint_of_another_configuration_is_refused(twin, capfd, change):
     before = files(twin)
     line = refusal(["--resume", twin, *change.split()], capfd)
-    assert str(twin) in line and change.split()[0].strip("-") in line
+    assert str(twin) in line and change.split()[0] in line
     assert files(twin) == before
-
-
-def test_a_checkpoint_of_another_device_is_refused(twin, capfd):
-    """The state of a GPU's generator is none for the CPU's."""
-    path = twin / "checkpoint" / "state.pt"
-    state = torch.load(path, weights_only=True)
-    state["config"]["device"] = "cpu" if torch.cuda.is_available() else "cuda"
-    torch.save(state, path)
-    assert "another device" in refusal(["--resume", twin], capfd)
 
 
 def test_a_checkpoint_of_other_questions_is_refused(twin, capfd, monkeypatch):
     """Its scores are those of the questions it was made with, in their order."""
     before, load = files(twin), gainrl.load_problems
     monkeypatch.setattr(gainrl, "load_problems", lambda *inputs: load(*inputs)[::-1])
-    assert "another data set" in refusal(["--resume", twin], capfd)
+    assert "other data" in refusal(["--resume", twin], capfd)
     assert files(twin) == before
 
 
