@@ -1,19 +1,18 @@
-"""How fast gainrl.py is, and what the angle adds: where the numbers of README come from.
+"""Speed and memory of gainrl.py beside its peers: where the table in README comes from.
 
-    python bench_gainrl.py [score|step|memory|all]    speed and memory, beside the peers
-    python bench_gainrl.py curricula                  five arms in five worlds, ten seeds each
+    python -m extras.bench [score|step|memory|all] [--dataset DIR]
 
-In the tables of speed each line is the same work done by two programs in one process, in turns: the
-medians, and the median and range of the ratio over the rounds. A peer that is not installed is
-named as skipped. The same goes to runs/bench.json. On a GPU the shapes are Qwen2.5-0.5B's."""
+Each line of the table is the same work done by two programs in one process, in turns: the medians,
+and the median and range of the ratio over the rounds. A peer that is not installed is named as
+skipped. The lines go to runs/bench.json as well. On a GPU the models have the shapes of
+Qwen2.5-0.5B; on a CPU they are smaller. All weights are random: nothing is downloaded."""
 
 import argparse
 import copy
+import functools
+import importlib.metadata
 import importlib.util
-import itertools
 import json
-import math
-import multiprocessing
 import os
 import random
 import statistics
@@ -21,9 +20,6 @@ import sys
 import tempfile
 import time
 import warnings
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import redirect_stderr, redirect_stdout
-from importlib.metadata import version
 from pathlib import Path
 
 import datasets
@@ -31,589 +27,427 @@ import tokenizers
 import torch
 import torch.nn.functional as F
 import transformers
-from tqdm import tqdm
 
 import gainrl
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
-# Qwen2.5-0.5B; on a CPU 10.7 million parameters, of which the head has as large a share.
-LARGE = {"hidden_size": 896, "num_hidden_layers": 24, "num_attention_heads": 14}
-LARGE |= {"num_key_value_heads": 2, "intermediate_size": 4864, "vocab_size": 151_936}
-SMALL = {"hidden_size": 256, "num_hidden_layers": 6, "num_attention_heads": 4}
-SMALL |= {"num_key_value_heads": 2, "intermediate_size": 1390, "vocab_size": 12_000}
-STEP = {"hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4}
-STEP |= {"num_key_value_heads": 2, "intermediate_size": 352, "vocab_size": 64}
+OUTPUT = Path("runs", "bench.json")
+
+QWEN_05B = {
+    "hidden_size": 896,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 14,
+    "num_key_value_heads": 2,
+    "intermediate_size": 4864,
+    "vocab_size": 151_936,
+}
+SMALL_MODEL = {  # 10.7 million parameters, of which the head has as large a share as in QWEN_05B
+    "hidden_size": 256,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 1390,
+    "vocab_size": 12_000,
+}
+STEP_MODEL = {  # for a step of GRPO
+    "hidden_size": 128,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 352,
+    "vocab_size": 64,
+}
 
 
-def seconds(work, *inputs):
+# --- Measuring ------------------------------------------------------------------------------------
+
+
+def milliseconds(work, *inputs):
     """Wall time of work(*inputs), with what it left running on the GPU."""
     began = time.perf_counter()
     work(*inputs)
     if CUDA:
         torch.cuda.synchronize()
-    return time.perf_counter() - began
+    return 1000 * (time.perf_counter() - began)
 
 
-def peak(work, *inputs):
-    """Bytes that work(*inputs) holds at most beyond those held before; None where nobody counts."""
+def peak_bytes(work, *inputs):
+    """Bytes that work(*inputs) holds at most beyond those held before; None where nobody counts:
+    off Linux, and where this process may not reset its own peak."""
     if CUDA:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         work(*inputs)
         return torch.cuda.max_memory_allocated() - before
-    status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-    if not reset.exists():
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # the peak of this process counts from now
+    except OSError:
         return None
-    reset.write_text("5")  # Linux: the peak of this process counts from now
-
-    def kilobytes(name):
-        return int(status.read_text().split(name)[1].split()[0])
-
-    before = kilobytes("VmRSS:")
+    before = process_bytes("VmRSS")
     work(*inputs)
-    return 1024 * (kilobytes("VmHWM:") - before)
+    return process_bytes("VmHWM") - before
 
 
-def compare(what, against, ours, theirs, unit="s", scale=1.0):
-    """A line of the table from two lists of measurements, a round each."""
-    ratios = sorted(b / a for a, b in zip(ours, theirs))
-    row = {"what": what, "against": against, "unit": unit, "rounds": len(ratios)}
-    row |= {"ours": scale * statistics.median(ours), "theirs": scale * statistics.median(theirs)}
-    row |= {"ratio": statistics.median(ratios), "low": ratios[0], "high": ratios[-1]}
-    return row
+def process_bytes(field):
+    """A field of Linux's record of this process: VmRSS, memory held now, or VmHWM, its peak."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return 1024 * int(line.split()[1])
+    raise ValueError(f"/proc/self/status has no {field}")
 
 
-def small_model(shape):
+def compare(what, peer, unit, ours, theirs):
+    """A line of the table, from two lists of measurements in `unit`, one a round."""
+    ratios = [their_value / our_value for our_value, their_value in zip(ours, theirs)]
+    return {
+        "what": what,
+        "against": peer,
+        "unit": unit,
+        "rounds": len(ratios),
+        "ours": statistics.median(ours),
+        "theirs": statistics.median(theirs),
+        "ratio": statistics.median(ratios),
+        "low": min(ratios),
+        "high": max(ratios),
+    }
+
+
+def random_model(shape):
+    """A Qwen2 of this shape with random weights, the same ones in every call."""
     torch.manual_seed(0)
     config = transformers.Qwen2Config(**shape, tie_word_embeddings=True)
     return transformers.Qwen2ForCausalLM(config).to(DEVICE).eval()
 
 
-# --- Scoring --------------------------------------------------------------------------------------
-def one_by_one(model, prompts):
-    """The plain way: each prompt alone through the whole model, and the T x T cosines."""
-    found = []
+# --- Scoring, beside the plain way ----------------------------------------------------------------
+
+
+def bench_score(folder=None, n_questions=None, rounds=3):
+    """Score questions, beside the plain way on a fifth of them: ms a question.
+
+    folder: its train.jsonl has the questions; None is the tiny world's. n_questions: the first
+    ones; None is 1,000 on a CPU, and on a GPU all of a folder."""
+    if n_questions is None and not (CUDA and folder):
+        n_questions = 1000
+    questions, owner = read_questions(folder, n_questions)
+    tokenizer = train_chat_tokenizer(questions)
+    model = random_model(QWEN_05B if CUDA else SMALL_MODEL)
+    prompts = gainrl.encode_prompts(tokenizer, questions)
+    fifth = prompts[: len(prompts) // 5]  # the plain way takes the same for each question
+
+    # They must agree; and the first call, which is slower, is not timed.
+    error = gainrl.score_prompts(model, prompts).angle[: len(fifth)]
+    error -= score_one_by_one(model, fifth)
+    ours, theirs = [], []
+    for _ in range(rounds):
+        ours.append(milliseconds(gainrl.score_prompts, model, prompts) / len(prompts))
+        theirs.append(milliseconds(score_one_by_one, model, fifth) / len(fifth))
+
+    length = statistics.mean(prompt.end - prompt.start for prompt in prompts)
+    print(
+        f"scored: {length:.0f} tokens after a prefix of {prompts[0].start}; "
+        f"off by {error.abs().max():.0e}"
+    )
+    what = f"score {owner} questions, each of {len(prompts)}"
+    return [compare(what, "one prompt at a time, lm_head, T x T", "ms", ours, theirs)]
+
+
+def read_questions(folder, n_questions):
+    """The first n_questions, and whose they are, in words for the table."""
+    if folder is None:
+        rng = random.Random(0)
+        questions = [gainrl.tiny_problem(rng)["question"] for _ in range(n_questions)]
+        return questions, "the tiny world's"
+    rows = gainrl.read_jsonl(Path(folder, "train.jsonl"))[:n_questions]
+    return [row["question"] for row in rows], Path(folder).resolve().name + "'s"
+
+
+def train_chat_tokenizer(texts):
+    """A byte-level tokenizer with a chat template, trained on the texts: there is no network."""
+    core = tokenizers.ByteLevelBPETokenizer()
+    special_tokens = [gainrl.PAD, gainrl.END, gainrl.BEGIN]
+    core.train_from_iterator(texts, 12_000, special_tokens=special_tokens, show_progress=False)
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=core._tokenizer, eos_token=gainrl.END
+    )
+    tokenizer.chat_template = gainrl.CHAT_TEMPLATE
+    return tokenizer
+
+
+@torch.no_grad()
+def score_one_by_one(model, prompts):
+    """C of each Prompt the plain way: alone through the whole model, head and all, and then the
+    T x T matrix of cosines. (N,) on the CPU."""
+    angles = []
     for ids, start, end in prompts:
         output = model(torch.tensor([ids], device=DEVICE), output_hidden_states=True)
         unit = F.normalize(output.hidden_states[-1][0].float(), dim=-1)
         cosines = unit @ unit.T
-        intra, inter = cosines[start:end, start:end], cosines[start:end, :start]
-        found.append((intra.mean() + inter.mean()).item())
-    return torch.tensor(found)
+        intra = cosines[start:end, start:end].mean()
+        inter = cosines[start:end, :start].mean()
+        angles.append((intra + inter).item())
+    return torch.tensor(angles)
 
 
-def chat_tokenizer(texts):
-    """A byte-level tokenizer with a chat template, trained on the texts: there is no network."""
-    core = tokenizers.ByteLevelBPETokenizer()
-    core.train_from_iterator(texts, 12_000, special_tokens=gainrl.SPECIAL, show_progress=False)
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=core._tokenizer)
-    tokenizer.eos_token, tokenizer.chat_template = gainrl.SPECIAL[1], gainrl.CHATML
-    return tokenizer
-
-
-def bench_score(dataset, rounds=3):
-    path = Path(dataset, "train.jsonl")
-    if path.is_file():
-        questions = [json.loads(line)["question"] for line in path.open()]
-        questions, source = questions[: None if CUDA else 1000], "GSM8K's"
-    else:
-        print(f"no {path}: scoring the tiny world's questions instead of GSM8K's")
-        rng = random.Random(0)
-        questions = [gainrl.tiny_problem(rng)["question"] for _ in range(1000)]
-        source = "the tiny world's"
-    tokenizer, model = chat_tokenizer(questions), small_model(LARGE if CUDA else SMALL)
-    config, prompts = gainrl.Config(preset="gsm8k"), gainrl.encode_prompts(tokenizer, questions)
-    # A fifth of the questions is enough to time what takes the same for each.
-    part, scoring = prompts[: len(prompts) // 5], (model, tokenizer, questions, config)
-    with torch.no_grad():
-        off = (gainrl.score_prompts(*scoring).angle[: len(part)] - one_by_one(model, part)).abs()
-        ours, theirs = [], []
-        for _ in range(rounds):
-            ours.append(seconds(gainrl.score_prompts, *scoring) / len(prompts))
-            theirs.append(seconds(one_by_one, model, part) / len(part))
-    length = sum(p.end - p.start for p in prompts) / len(prompts)
-    print(
-        f"scored: {length:.0f} tokens after a prefix of {prompts[0].start}; off by {off.max():.0e}"
-    )
-    what = f"score {source} questions, each of {len(prompts)}"
-    yield compare(what, "one prompt at a time, lm_head, T x T", ours, theirs, "ms", 1000)
-
-
-# --- A step of GRPO -------------------------------------------------------------------------------
+# --- A step of GRPO, beside TRL -------------------------------------------------------------------
 WORDS = [f"w{k}" for k in range(64)]
-P, G, PROMPT, COMPLETION = 8, 8, 60, 48
+P, G = 8, 8
+PROMPT_TOKENS, COMPLETION_TOKENS = 60, 48
 
 
-def toy_reward(completions, **_):
-    """Something to learn from: the share of even words."""
-    return [
-        sum(int(word[1:]) % 2 == 0 for word in text.split()) / COMPLETION for text in completions
-    ]
+def bench_step(rounds=12):
+    """A step of GRPO beside one of TRL's GRPOTrainer, on copies of one model: ms a step. On a CPU
+    with two threads and with one."""
+    if not importlib.util.find_spec("trl"):
+        print("skipped: a step of GRPO beside TRL, which is not installed")
+        return []
+    if CUDA:
+        return [compare_steps("", rounds)]
+    lines = []
+    usual_threads = torch.get_num_threads()
+    for n_threads, suffix in ((2, ", 2 threads"), (1, ", 1 thread")):
+        torch.set_num_threads(n_threads)
+        lines.append(compare_steps(suffix, rounds))
+    torch.set_num_threads(usual_threads)
+    return lines
 
 
-def our_step(model, tokenizer, prompts):
-    """A function that makes one step, as train() does."""
-    shape = {"prompts_per_step": P, "completions_per_prompt": G, "micro_batch": P * G}
-    config = gainrl.Config(preset="tiny", max_new_tokens=COMPLETION, **shape)
+def compare_steps(suffix, rounds):
+    """One line of the table. TRL trains, and after each of its steps we make one of ours."""
+    rng = random.Random(0)
+    questions = [" ".join(rng.choices(WORDS, k=PROMPT_TOKENS)) for _ in range(P)]
+    tokenizer = word_tokenizer()
+    model = random_model(STEP_MODEL)
+    model.generation_config.eos_token_id = 64  # beyond the vocabulary: all completions are full
+    warm_up = 2  # steps whose times are dropped
+    turns = TakeTurns(make_our_step(copy.deepcopy(model), tokenizer, questions))
+    train_with_trl(model, tokenizer, questions, turns, rounds + warm_up)
+    what = f"a step of GRPO, {P} x {G} completions{suffix}"
+    peer = f"TRL {importlib.metadata.version('trl')}"
+    return compare(what, peer, "ms", turns.ours[warm_up:], turns.theirs[warm_up:])
+
+
+def word_tokenizer():
+    """A tokenizer of the 64 words, a token each, and of two more that are never sampled."""
+    vocabulary = {word: k for k, word in enumerate([*WORDS, "end", "pad"])}
+    core = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="pad"))
+    core.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=core, eos_token="end", pad_token="pad"
+    )
+
+
+def share_of_even_words(completions, **columns):
+    """A reward: something to learn from. TRL gives it all columns of the data by keyword."""
+    shares = []
+    for text in completions:
+        even = [word for word in text.split() if int(word[1:]) % 2 == 0]
+        shares.append(len(even) / COMPLETION_TOKENS)
+    return shares
+
+
+def make_our_step(model, tokenizer, questions):
+    """A function that makes one step, as gainrl.train does."""
+    settings = {
+        "prompts_per_step": P,
+        "completions_per_prompt": G,
+        "micro_batch": P * G,
+        "max_new_tokens": COMPLETION_TOKENS,
+    }
+    config = gainrl.Config(**{**gainrl.PRESETS["tiny"], **settings})
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
     generator = torch.Generator(DEVICE).manual_seed(0)
-    prompts = [gainrl.Prompt(tokenizer(text)["input_ids"], 20, 55) for text in prompts]
+    # Where the question begins and ends among the tokens matters to nothing but C.
+    prompts = [gainrl.Prompt(tokenizer(text)["input_ids"], 20, 55) for text in questions]
 
     def step():
-        done = gainrl.generate(model, tokenizer, prompts, config, G, generator)
-        rewards = torch.tensor(toy_reward(done.texts)).view(P, G)
-        advantages = gainrl.group_advantages(rewards).flatten().to(DEVICE)
-        gainrl.grpo_update(model, None, optimizer, done, advantages, config)
-        assert done.mask.sum() == P * G * COMPLETION
+        rollout = gainrl.generate(model, tokenizer, prompts, config, G, generator)
+        rewards = torch.tensor(share_of_even_words(rollout.texts)).view(P, G)
+        advantages = gainrl.group_advantages(rewards)
+        gainrl.grpo_update(model, None, optimizer, rollout, advantages, config)
+        assert rollout.completion_mask.sum() == P * G * COMPLETION_TOKENS
 
     return step
 
 
-class Turns(transformers.TrainerCallback):
-    """After each step of the trainer, one of ours: both timed."""
+class TakeTurns(transformers.TrainerCallback):
+    """After each step of the trainer, one of ours. `.ours` and `.theirs`: ms a step."""
 
-    def __init__(self, step):
-        self.step, self.ours, self.theirs = step, [], []
+    def __init__(self, our_step):
+        self.our_step = our_step
+        self.ours, self.theirs = [], []
 
-    def on_step_begin(self, *_, **__):
+    def on_step_begin(self, args, state, control, **details):
         self.began = time.perf_counter()
 
-    def on_step_end(self, *_, **__):
-        self.theirs.append(time.perf_counter() - self.began)
-        self.ours.append(seconds(self.step))
+    def on_step_end(self, args, state, control, **details):
+        if CUDA:
+            torch.cuda.synchronize()
+        self.theirs.append(1000 * (time.perf_counter() - self.began))
+        self.ours.append(milliseconds(self.our_step))
 
 
-def bench_step(rounds=12):
-    if not importlib.util.find_spec("trl"):
-        print("skipped: a step of GRPO beside TRL, which is not installed")
-        return
+def train_with_trl(model, tokenizer, questions, callback, steps):
+    """TRL's GRPOTrainer on P questions with G completions each, in float32, without KL."""
     import trl
 
-    words = {word: k for k, word in enumerate([*WORDS, "end", "pad"])}  # ids 64, 65: never sampled
-    core = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="pad"))
-    core.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-    tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=core, eos_token="end", pad_token="pad"
-    )
-    rng = random.Random(0)
-    prompts = [" ".join(rng.choices(WORDS, k=PROMPT)) for _ in range(P)]
-    shape = {"per_device_train_batch_size": P * G, "num_generations": G, "beta": 0.0}
-    shape |= {"max_completion_length": COMPLETION, "loss_type": "grpo", "max_steps": rounds + 2}
-    plain = {"activation_checkpointing": False, "bf16": False, "use_cpu": not CUDA}
-    quiet = {"report_to": "none", "save_strategy": "no", "disable_tqdm": True}
-    for threads in (None,) if CUDA else (2, 1):
-        torch.set_num_threads(threads or torch.get_num_threads())
-        model = small_model(STEP)
-        model.generation_config.eos_token_id = 64
-        turns = Turns(our_step(copy.deepcopy(model), tokenizer, prompts))
-        with tempfile.TemporaryDirectory() as folder:
-            settings = trl.GRPOConfig(folder, learning_rate=1e-5, **shape, **plain, **quiet)
-            data = datasets.Dataset.from_dict({"prompt": prompts})
-            parts = {"processing_class": tokenizer, "callbacks": [turns]}
-            trainer = trl.GRPOTrainer(model, toy_reward, settings, data, **parts)
-            trainer.remove_callback(transformers.PrinterCallback)
-            trainer.train()
-        what = f"a step of GRPO, {P} x {G} completions"
-        what += f", {threads} thread{'s' * (threads > 1)}" if threads else ""
-        yield compare(what, f"TRL {trl.__version__}", turns.ours[2:], turns.theirs[2:], "ms", 1000)
+    with tempfile.TemporaryDirectory() as folder:
+        settings = trl.GRPOConfig(
+            folder,
+            max_steps=steps,
+            per_device_train_batch_size=P * G,
+            num_generations=G,
+            max_completion_length=COMPLETION_TOKENS,
+            learning_rate=1e-5,
+            beta=0.0,
+            loss_type="grpo",
+            activation_checkpointing=False,
+            bf16=False,
+            use_cpu=not CUDA,
+            report_to="none",
+            save_strategy="no",
+            disable_tqdm=True,
+        )
+        trainer = trl.GRPOTrainer(
+            model,
+            share_of_even_words,
+            settings,
+            datasets.Dataset.from_dict({"prompt": questions}),
+            processing_class=tokenizer,
+            callbacks=[callback],
+        )
+        trainer.remove_callback(transformers.PrinterCallback)
+        trainer.train()
 
 
-# --- Memory ---------------------------------------------------------------------------------------
-def pairwise(hidden, prefix_mask, question_mask):
-    """C_intra and C_inter from the T x T matrix of cosines."""
+# --- The angle without a T x T matrix, and the log-probs without all logits -----------------------
+LENGTHS = (128, 512, 2048, 8192)
+
+
+def bench_memory(rounds=5, lengths=LENGTHS):
+    """angle_concentration beside the T x T matrix, ms and on a GPU MB; the log-probs' peak, GB."""
+    lines = []
+    for length in lengths:
+        lines += compare_angles(length, rounds)
+    return lines + compare_logits()
+
+
+def compare_angles(length, rounds):
+    """The lines on C of one row of `length` tokens, of which the second half is the question."""
+    hidden = torch.randn(1, length, QWEN_05B["hidden_size"], device=DEVICE)
+    question_mask = (torch.arange(length, device=DEVICE) >= length // 2)[None]
+    inputs = (hidden, ~question_mask, question_mask)
+    gainrl.angle_concentration(*inputs)  # the first call is slower
+    angle_by_matrix(*inputs)
+
+    ours, theirs = [], []
+    for _ in range(rounds):
+        ours.append(milliseconds(gainrl.angle_concentration, *inputs))
+        theirs.append(milliseconds(angle_by_matrix, *inputs))
+    what = f"angle_concentration, T = {length}"
+    lines = [compare(what, "T x T matrix", "ms", ours, theirs)]
+
+    if CUDA:  # elsewhere memory that was freed before is taken again, uncounted
+        ours, theirs = [], []
+        for _ in range(rounds):
+            ours.append(peak_bytes(gainrl.angle_concentration, *inputs) / 1e6)
+            theirs.append(peak_bytes(angle_by_matrix, *inputs) / 1e6)
+        lines.append(compare(what + ", memory", "T x T matrix", "MB", ours, theirs))
+    return lines
+
+
+def angle_by_matrix(hidden, prefix_mask, question_mask):
+    """C_intra and C_inter, each (B,), from the T x T matrix of cosines."""
     unit = F.normalize(hidden.float(), dim=-1)
     cosines = unit @ unit.transpose(1, 2)
-    q, p = question_mask.float(), prefix_mask.float()
-    intra = torch.einsum("bij,bi,bj->b", cosines, q, q) / q.sum(1) ** 2
-    return intra, torch.einsum("bij,bi,bj->b", cosines, q, p) / (q.sum(1) * p.sum(1))
+    in_question, in_prefix = question_mask.float(), prefix_mask.float()
+    n_question, n_prefix = in_question.sum(1), in_prefix.sum(1)
+    intra = torch.einsum("bij,bi,bj->b", cosines, in_question, in_question) / n_question**2
+    inter = torch.einsum("bij,bi,bj->b", cosines, in_question, in_prefix) / (n_question * n_prefix)
+    return intra, inter
 
 
-def bench_memory(rounds=5):
-    for length in (128, 512, 2048, 8192):
-        hidden = torch.randn(1, length, 896, device=DEVICE)
-        question = (torch.arange(length, device=DEVICE) >= length // 2)[None]
-        inputs, forms = (hidden, ~question, question), (gainrl.angle_concentration, pairwise)
-        for form in forms:
-            form(*inputs)
-        times = [[seconds(form, *inputs) for form in forms] for _ in range(rounds)]
-        what = f"angle_concentration, T = {length}"
-        yield compare(what, "T x T matrix", *zip(*times), "ms", 1000)
-        if CUDA:  # elsewhere memory that was freed before is taken again, uncounted
-            held = [[peak(form, *inputs) for form in forms] for _ in range(rounds)]
-            yield compare(what + ", memory", "T x T matrix", *zip(*held), "MB", 1e-6)
-    shape = {**LARGE, "num_hidden_layers": 1}
-    model, ids = small_model(shape), torch.randint(151_936, (16, 640), device=DEVICE)
-    ids[:, :128] = ids[::8, :128].repeat_interleave(8, 0)  # two prompts, eight completions each
-    mask = torch.ones_like(ids, dtype=torch.bool)
-    for p in model.parameters():
-        p.grad = torch.zeros_like(p)
-
-    def logprobs():
-        gainrl.completion_logprobs(model, ids, mask, 512, 1.0, 8).sum().backward()
-
-    if held := peak(logprobs):
-        row = {"what": "log-probs, 16 x 512 tokens, vocabulary 151,936", "unit": "GB"}
-        row |= {"ours": held / 1e9, "against": "its float32 logits alone"}
-        theirs = 16 * 512 * 151_936 * 4 / 1e9
-        yield row | {"theirs": theirs, "ratio": theirs / row["ours"], "rounds": 1}
-
-
-# --- Curricula: what does the angle add? ----------------------------------------------------------
-WORLDS = {  # of make_tiny_world, from many useful groups to few; in `tied` length is difficulty
-    "tied": {"distractors": 0},
-    "apart": {},
-    "rare": {"effort": 0.5},
-    "scarce": {"effort": 0.3},
-    "scarcest": {"effort": 0.2},
-}
-SCHEDULES = {
-    "sigma x 0.5": {"sigma": gainrl.SIGMA / 2},
-    "sigma x 2": {"sigma": gainrl.SIGMA * 2},
-    "step x 0.5": {"curriculum_step": gainrl.STEP / 2},
-    "step x 2": {"curriculum_step": gainrl.STEP * 2},
-}
-SCHEDULED = ("apart", "scarce")  # the mean arrives at the last rank in the first only
-MEASURES = {  # with the digits to print
-    "steps": ("steps to 90% of uniform's last greedy accuracy", 1),
-    "area": ("mean greedy accuracy over the run", 3),
-    "final": ("last greedy accuracy", 3),
-}
-RUN = {"prompts_per_step": 8, "steps": 24, "eval_every": 4, "eval_examples": 128}
-QUICK = {"prompts_per_step": 4, "steps": 2, "eval_every": 1, "eval_examples": 16}
-
-
-def in_silence(work, *inputs, **named):
-    torch.set_num_threads(1)
-    with open(os.devnull, "w") as void, redirect_stdout(void), redirect_stderr(void):
-        return work(*inputs, **named)
-
-
-def run_once(folder, world, settings):
-    """The metrics of a run of the world. One that was stopped goes on."""
-    shape = {"preset": "tiny", "model": str(world), "dataset": str(world), "checkpoint_every": 8}
-    resume = str(folder) if folder.exists() else None
-    config = gainrl.Config(**shape, **settings, run_dir=str(folder), resume=resume)
-    in_silence(gainrl.train, config)
-    return [json.loads(line) for line in (folder / "metrics.jsonl").open()]
-
-
-def measure(rows, target):
-    """Steps to the target (all of them if it was not reached), mean and last greedy accuracy."""
-    steps, curve = zip(*((r["step"], r["eval_accuracy"]) for r in rows if "eval_accuracy" in r))
-    reached, last = float(steps[-1]), (steps[0], curve[0])
-    for step, accuracy in zip(steps, curve):
-        if accuracy >= target:
-            share = (target - last[1]) / (accuracy - last[1]) if accuracy > last[1] else 0.0
-            reached = last[0] + share * (step - last[0])
-            break
-        last = step, accuracy
-    area = sum((b + a) * (t - s) / 2 for s, t, a, b in zip(steps, steps[1:], curve, curve[1:]))
-    return {"steps": reached, "area": area / steps[-1], "final": curve[-1]}
-
-
-def bootstrap(statistic, *columns, draws=10_000):
-    """The statistic of the columns, (seeds,) each, and its 95% interval over seeds drawn anew. It
-    takes columns of (draws, seeds) and gives one value for each draw."""
-    n = len(columns[0])
-    rows = torch.randint(n, (draws, n), generator=torch.Generator().manual_seed(0))
-    values = statistic(*(column[rows] for column in columns)).double()
-    low, high = values.quantile(torch.tensor([0.025, 0.975]).double()).tolist()
-    return statistic(*(column[None] for column in columns)).item(), low, high
-
-
-def mean(x):
-    return x.mean(1)
-
-
-def speedup(plain, ours):
-    return plain.mean(1).clamp(min=1) / ours.mean(1).clamp(min=1)
-
-
-def partial(x, y, given):
-    """Spearman's correlation of x and y with that of both with `given` taken out."""
-    r, a, b = (gainrl.spearman(*pair) for pair in ((x, y), (x, given), (y, given)))
-    return (r - a * b) / math.sqrt(max((1 - a * a) * (1 - b * b), 1e-12))
-
-
-def by_draw(statistic):
-    """The statistic of single columns, for bootstrap."""
-    return lambda *columns: torch.tensor([statistic(*rows) for rows in zip(*columns)])
-
-
-def told(values, digits=2):
-    """A value and its interval, as text."""
-    return "{:+.{d}f} [{:+.{d}f}, {:+.{d}f}]".format(*values, d=digits)
-
-
-@torch.no_grad()
-def prompt_signals(model, tokenizer, problems):
-    """What is known of each question: C after each layer, tokens, steps, sampled accuracy and the
-    norm of its GRPO gradient, which is 0 for a group whose rewards are equal."""
-    config, generator = gainrl.Config(preset="tiny"), torch.Generator().manual_seed(0)
-    found = []
-    for problem in problems:
-        ids, start, end = problem["prompt"]
-        states = model(torch.tensor([ids[:end]]), output_hidden_states=True).hidden_states
-        before = torch.arange(end)[None] < start
-        by_layer = [sum(gainrl.angle_concentration(h, before, ~before)).item() for h in states]
-        done = gainrl.generate(model, tokenizer, [problem["prompt"]], config, 8, generator)
-        rewards = torch.tensor([[gainrl.reward(t, problem["answer"]) for t in done.texts]])
-        advantages, shape = gainrl.group_advantages(rewards)[0], (done.mask.shape[1], 1.0, 8)
-        with torch.enable_grad():
-            logprobs = gainrl.completion_logprobs(model, done.ids, done.attention_mask, *shape)
-            loss, _ = gainrl.grpo_loss(logprobs, logprobs.detach(), advantages, done.mask)
-            grads = torch.autograd.grad(loss, list(model.parameters()))
-        norm = torch.stack([g.norm() for g in grads]).norm().item()
-        steps, accuracy = problem["answer"].count("="), rewards.mean().item()
-        found.append([end - start, steps, accuracy, norm, *by_layer])
-    return torch.tensor(found).T.contiguous()
-
-
-def signal_rows(world, trained, questions):
-    """How C goes with length, and at equal length with difficulty and gradients: in the model that
-    GRPO begins with, and in the one that it ends with. The questions are in no evaluation."""
-    model, tokenizer = gainrl.load_model(str(world), torch.device("cpu"))
-    problems = gainrl.load_problems(tokenizer, str(world), "test", 400)[-questions:]
-    rows, first = [], None
-    for when in ("before", "after"):
-        if when == "after":
-            state = torch.load(trained / "checkpoint" / "state.pt", weights_only=True)
-            model.load_state_dict(state["model"])
-        tokens, steps, accuracy, norm, *layers = prompt_signals(model, tokenizer, problems)
-        c, given_length = layers[-1], by_draw(partial)
-        row = {"world": world.name, "when": when, "C": c.mean().item()}
-        row["change of C"] = "" if first is None else told(bootstrap(mean, c - first), 3)
-        row["useful"] = ((accuracy > 0) & (accuracy < 1)).double().mean().item()
-        row["accuracy"] = accuracy.mean().item()
-        row["length"] = told(bootstrap(by_draw(gainrl.spearman), c, tokens, draws=1000))
-        for name, x in (("steps", steps), ("accuracy", accuracy), ("gradient", norm)):
-            row[f"{name} given length"] = told(bootstrap(given_length, c, x, tokens, draws=1000))
-        cells = (bootstrap(given_length, x, steps, tokens, draws=1000) for x in layers)
-        row["by layer"] = list(map(told, cells))
-        rows.append(row)
-        first = c
-    return rows
-
-
-def difference(ours, theirs, digits):
-    """The mean paired difference over seeds, with its interval, as text."""
-    return told(bootstrap(mean, ours - theirs), digits)
-
-
-def table(*rows):
-    """Rows of cells, the first the heads, as Markdown."""
-    lines = ["| " + " | ".join(map(str, row)) + " |" for row in rows]
-    print("\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:]]), end="\n\n", flush=True)
-
-
-def schedule_lines(found, results, seeds):
-    """What the width and the pace of the Gaussian change, and its arrival at the last rank."""
-    yield "world", "schedule of angle", "arrives at step", "useful before", "after", *MEASURES
-    for world, name in itertools.product(SCHEDULED, ("angle", *SCHEDULES)):
-        arrivals, before, after = [], [], []
-        for seed in range(seeds):
-            rows = [row for row in found[world, name, seed] if "mean" in row]
-            there = [row["step"] for row in rows if row["mean"] >= 1999]  # of 2,000 questions
-            arrivals += there[:1]
-            for row in rows:
-                (after if row["step"] in there else before).append(row["useful_groups"])
-        when = f"{statistics.mean(arrivals):.1f} ({len(arrivals)}/{seeds})" if arrivals else "never"
-        shares = (f"{statistics.mean(part):.2f}" if part else "" for part in (before, after))
-        cells = []
-        for what, (_, digits) in MEASURES.items():
-            ours, plain = results[world, name, what], results[world, "angle", what]
-            cells.append(f"{ours.mean():.{digits}f}")
-            if name != "angle":
-                cells[-1] += f" ({difference(ours, plain, digits)})"
-        yield world, name, when, *shares, *cells
-
-
-STYLES = {  # line and marker tell the arms apart in grey too
-    "uniform": ("black", "-", "o"),
-    "shuffled": ("tab:gray", ":", "x"),
-    "length": ("tab:orange", "--", "s"),
-    "angle": ("tab:blue", "-", "^"),
-    "angle-unbiased": ("tab:green", "-.", "v"),
-}
-
-
-def draw(folder, found, useful, speedups, reach, seeds, size):
-    """figures/curricula.png, accuracy by completions, and figures/speedup.png, by useful groups."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    folder.mkdir(exist_ok=True)
-    figure, axes = plt.subplots(
-        1, len(WORLDS), figsize=(13, 3.6), sharey=True, layout="constrained"
+def compare_logits():
+    """The line on the peak of log-probs and their gradient above weights and gradients, beside the
+    float32 logits alone: one layer of Qwen2.5-0.5B, two prompts, eight completions each."""
+    samples, n_completions = 8, 16
+    prompt_tokens, completion_tokens = 128, 512
+    vocabulary = QWEN_05B["vocab_size"]
+    model = random_model({**QWEN_05B, "num_hidden_layers": 1})
+    ids = torch.randint(
+        vocabulary, (n_completions, prompt_tokens + completion_tokens), device=DEVICE
     )
-    for axis, world in zip(axes, WORLDS):
-        for arm, (color, line, _) in STYLES.items():
-            runs = [
-                [
-                    (r["step"], r["eval_accuracy"])
-                    for r in found[world, arm, s]
-                    if "eval_accuracy" in r
-                ]
-                for s in range(seeds)
-            ]
-            steps, curves = [step for step, _ in runs[0]], torch.tensor(runs)[..., 1].double()
-            middle, low, high = zip(*(bootstrap(mean, column) for column in curves.T))
-            completions = [size * step for step in steps]
-            axis.plot(completions, middle, line, color=color, label=arm)
-            axis.fill_between(completions, low, high, color=color, alpha=0.15, linewidth=0)
-        axis.axhline(reach[world], color="black", linewidth=0.5)
-        axis.set(title=f"{world}: {useful[world]:.0%} useful", xlabel="completions sampled")
-    axes[0].set(ylabel="greedy accuracy on held-out questions", ylim=(0, 1))
-    note = f"mean of {seeds} seeds and its 95% bootstrap interval; thin line: 90% of uniform's last"
-    handles = axes[0].get_legend_handles_labels()
-    figure.legend(*handles, title=note, loc="outside lower center", ncols=5)
-    figure.savefig(folder / "curricula.png", dpi=110)
-    figure, axis = plt.subplots(figsize=(8, 4), layout="constrained")
-    worlds = sorted(WORLDS, key=useful.get)
-    for k, arm in enumerate(gainrl.CURRICULA[:-1]):
-        color, _, marker = STYLES[arm]
-        middle, low, high = torch.tensor([speedups[w, arm] for w in worlds]).T
-        at = [position + 0.15 * (k - 1.5) for position in range(len(worlds))]
-        bars = {"yerr": torch.stack([middle - low, high - middle]), "capsize": 3}
-        axis.errorbar(at, middle, **bars, color=color, marker=marker, linestyle="none", label=arm)
-    axis.axhline(1, color="black", linewidth=0.8)
-    axis.axhline(2.5, color="black", linewidth=0.8, linestyle=":")
-    axis.text(-0.4, 2.53, "2.5x: the paper, on other models and data")
-    axis.set_xticks(range(len(worlds)), [f"{w}\n{useful[w]:.0%}" for w in worlds])
-    axis.set(xlabel="world, and its share of useful groups before training", ylim=(0.5, 2.75))
-    axis.set(ylabel="speed-up over uniform, in steps")
-    axis.legend(title=f"95% bootstrap interval, {seeds} seeds", ncols=2)
-    figure.savefig(folder / "speedup.png", dpi=110)
-    plt.close("all")
+    prompts = ids[::samples, :prompt_tokens]
+    ids[:, :prompt_tokens] = prompts.repeat_interleave(samples, dim=0)
+    attention_mask = torch.ones_like(ids, dtype=torch.bool)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+
+    def work():
+        logprobs = gainrl.completion_logprobs(
+            model, ids, attention_mask, completion_tokens, temperature=1.0, samples=samples
+        )
+        logprobs.sum().backward()
+
+    peak = peak_bytes(work)
+    if peak is None:
+        print("skipped: the memory of the log-probs, which this system does not count")
+        return []
+    logits = n_completions * completion_tokens * vocabulary * 4
+    what = f"log-probs, {n_completions} x {completion_tokens} tokens, vocabulary {vocabulary:,}"
+    return [compare(what, "its float32 logits alone", "GB", [peak / 1e9], [logits / 1e9])]
 
 
-def run_all(folder, seeds, shape, questions, **warmup):
-    """The metrics of all runs by (world, arm or schedule, seed), and the rows of all signals."""
-    jobs = {
-        (world, arm, seed): {"curriculum": arm, "seed": seed}
-        for world in WORLDS
-        for arm in gainrl.CURRICULA
-        for seed in range(seeds)
-    }
-    jobs |= {
-        (world, name, seed): {"curriculum": "angle", "seed": seed, **settings}
-        for world in SCHEDULED
-        for name, settings in SCHEDULES.items()
-        for seed in range(seeds)
-    }
-    with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
-        made = [
-            pool.submit(in_silence, gainrl.make_tiny_world, folder / world, **how, **warmup)
-            for world, how in WORLDS.items()
-        ]
-        for future in tqdm(made, desc="worlds"):
-            future.result()
-        found = {}
-        for (world, name, seed), settings in jobs.items():
-            run = folder / f"{world}-{name}-{seed}".replace(" ", "-")
-            future = pool.submit(run_once, run, folder / world, shape | settings)
-            found[world, name, seed] = future
-        found = {key: future.result() for key, future in tqdm(found.items(), desc="runs")}
-        signals = []
-        for world in WORLDS:
-            work = in_silence, signal_rows, folder / world, folder / f"{world}-uniform-0", questions
-            signals.append(pool.submit(*work))
-        return found, [row for future in signals for row in future.result()]
+# --- The command line -----------------------------------------------------------------------------
 
 
-def bench_curricula(seeds, quick):
-    """Every arm in every world, with each seed: runs, tables and figures."""
-    began, folder = time.perf_counter(), Path("runs", "curricula-quick" if quick else "curricula")
-    if quick:
-        shape, (found, signals) = QUICK, run_all(folder, seeds, QUICK, 24, warmup=50)
-    else:
-        shape, (found, signals) = RUN, run_all(folder, seeds, RUN, 240)
-    useful = {row["world"]: row["useful"] for row in signals if row["when"] == "before"}
-    heads = {world: f"{world} ({useful[world]:.2f})" for world in WORLDS}
-    results, reach, arms = {}, {}, gainrl.CURRICULA
-    for world in WORLDS:
-        last = [measure(found[world, "uniform", s], 2.0)["final"] for s in range(seeds)]
-        reach[world] = 0.9 * statistics.mean(last)
-    for (world, arm, _), rows in found.items():
-        for name, value in measure(rows, reach[world]).items():
-            results.setdefault((world, arm, name), []).append(value)
-    results = {key: torch.tensor(values).double() for key, values in results.items()}
-    for name, (what, digits) in MEASURES.items():
-        lines = [("world (useful groups)", what, *arms)]
-        for world in WORLDS:
-            values = [results[world, arm, name] for arm in arms]
-            lines.append((heads[world], "mean", *(f"{v.mean():.{digits}f}" for v in values)))
-            for base in ("uniform", "length"):
-                other = results[world, base, name]
-                cells = (difference(v, other, digits) for v in values)
-                cells = ("" if arm == base else cell for arm, cell in zip(arms, cells))
-                lines.append(("", f"minus {base}", *cells))
-        table(*lines)
-    speedups, lines = {}, [("world (useful groups)", *(f"speed-up of {a}" for a in arms[:-1]))]
-    for world in WORLDS:
-        steps = {arm: results[world, arm, "steps"] for arm in arms}
-        for arm in arms[:-1]:
-            speedups[world, arm] = bootstrap(speedup, steps["uniform"], steps[arm])
-        cells = ("{:.2f} [{:.2f}, {:.2f}]".format(*speedups[world, arm]) for arm in arms[:-1])
-        lines.append((heads[world], *cells))
-    table(*lines)
-    keys = [key for key in signals[0] if key not in ("world", "when", "by layer")]
-    lines = []
-    for row in signals:
-        cells = (row[k] if isinstance(row[k], str) else f"{row[k]:.2f}" for k in keys)
-        lines.append((row["world"], row["when"], *cells))
-    table(("world", "GRPO", *keys), *lines)
-    lines = [(row["world"], row["when"], *row["by layer"]) for row in signals]
-    depths = [f"after layer {k}" if k else "embeddings" for k in range(len(lines[0]) - 2)]
-    table(("C and steps given length", "GRPO", *depths), *lines)
-    table(*schedule_lines(found, results, seeds))
-    size = 8 * shape["prompts_per_step"]
-    draw(folder if quick else Path("figures"), found, useful, speedups, reach, seeds, size)
-    minutes = (time.perf_counter() - began) / 60
-    print(f"{len(found)} runs of {size} x {shape['steps']} completions in {minutes:.0f} minutes")
+def print_line(line):
+    ratio = f"{line['ratio']:.2f}"
+    if line["rounds"] > 1:
+        ratio += f" ({line['low']:.2f} to {line['high']:.2f})"
+    ours = f"{line['ours']:.3g} {line['unit']}"
+    theirs = f"{line['theirs']:.3g} {line['unit']}"
+    print(f"| {line['what']} | {line['against']} | {ours} | {theirs} | {ratio} |", flush=True)
 
 
-def show(row):
-    spread = f" ({row['low']:.2f} to {row['high']:.2f})" if "low" in row else ""
-    numbers = f"{row['ours']:.3g} {row['unit']} | {row['theirs']:.3g} {row['unit']}"
-    print(
-        f"| {row['what']} | {row['against']} | {numbers} | {row['ratio']:.2f}{spread} |", flush=True
-    )
+def describe_machine():
+    machine = torch.cuda.get_device_name() if CUDA else f"CPU, {os.cpu_count()} cores"
+    return f"{machine}; torch {torch.__version__}, transformers {transformers.__version__}"
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    choices = ("score", "step", "memory", "all", "curricula")
+    parser = argparse.ArgumentParser(
+        prog="python -m extras.bench", description=__doc__.split("\n")[0], allow_abbrev=False
+    )
+    choices = ("score", "step", "memory", "all")
     parser.add_argument("what", nargs="?", default="all", choices=choices)
     parser.add_argument(
-        "--dataset", default="../shared/gsm8k", help="folder of train.jsonl, for score"
-    )
-    parser.add_argument("--seeds", type=int, default=10, help="of curricula: runs of each arm")
-    parser.add_argument(
-        "--quick", action="store_true", help="curricula in small: numbers mean nothing"
+        "--dataset", help="folder whose train.jsonl is scored; default: the tiny world's questions"
     )
     args = parser.parse_args(argv)
     transformers.utils.logging.set_verbosity_error()
     warnings.simplefilter("ignore", FutureWarning)  # between TRL and transformers
-    machine = torch.cuda.get_device_name() if CUDA else f"CPU, {os.cpu_count()} cores"
-    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers"))
-    print(f"{machine}; {versions}", flush=True)
-    if args.what == "curricula":
-        return bench_curricula(args.seeds, args.quick)
-    benches = {"score": lambda: bench_score(args.dataset), "step": bench_step}
-    benches["memory"] = bench_memory
-    print("| what | against | ours | theirs | ratio (range) |\n|---|---|---|---|---|")
-    rows = []
-    for name in benches if args.what == "all" else [args.what]:
-        for row in benches[name]():
-            rows.append(row)
-            show(row)
-    path = Path("runs", "bench.json")
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1))
+    machine = describe_machine()
+    print(machine, flush=True)
+    print("| what | against | ours | theirs | ratio (range) |")
+    print("|---|---|---|---|---|", flush=True)
+
+    benches = {
+        "score": functools.partial(bench_score, args.dataset),
+        "step": bench_step,
+        "memory": bench_memory,
+    }
+    lines = []
+    for name, bench in benches.items():
+        if args.what in (name, "all"):
+            new_lines = bench()
+            for line in new_lines:
+                print_line(line)
+            lines += new_lines
+
+    OUTPUT.parent.mkdir(exist_ok=True)
+    OUTPUT.write_text(json.dumps({"machine": machine, "rows": lines}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
