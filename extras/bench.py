@@ -233,9 +233,11 @@ def word_tokenizer():
     vocabulary = {word: k for k, word in enumerate([*WORDS, "end", "pad"])}
     core = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="pad"))
     core.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-    return transformers.PreTrainedTokenizerFast(
+    tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_object=core, eos_token="end", pad_token="pad"
     )
+    tokenizer.chat_template = gainrl.CHAT_TEMPLATE  # only to be asked how a turn ends
+    return tokenizer
 
 
 def share_of_even_words(completions, **columns):
@@ -402,12 +404,16 @@ def compare_logits():
 # --- The command line -----------------------------------------------------------------------------
 
 
+def three_digits(value):
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
 def print_line(line):
     ratio = f"{line['ratio']:.2f}"
     if line["rounds"] > 1:
         ratio += f" ({line['low']:.2f} to {line['high']:.2f})"
-    ours = f"{line['ours']:.3g} {line['unit']}"
-    theirs = f"{line['theirs']:.3g} {line['unit']}"
+    ours = f"{three_digits(line['ours'])} {line['unit']}"
+    theirs = f"{three_digits(line['theirs'])} {line['unit']}"
     print(f"| {line['what']} | {line['against']} | {ours} | {theirs} | {ratio} |", flush=True)
 
 

@@ -25,6 +25,7 @@ import torch
 from tqdm import tqdm
 
 import gainrl
+from extras.bench import describe_machine
 
 FIGURES = Path(__file__).parent / "figures"
 WORLDS = {  # of make_tiny_world, from many useful groups to few; in `tied` length is difficulty
@@ -231,14 +232,7 @@ def sample_group(model, tokenizer, problem, config, generator):
     prompts = [problem["prompt"]]
     rollout = gainrl.generate(model, tokenizer, prompts, config, COMPLETIONS, generator)
     rewards = gainrl.reward_rollout(rollout, [problem])
-    logprobs = gainrl.completion_logprobs(
-        model,
-        rollout.ids,
-        rollout.attention_mask,
-        rollout.completion_mask.shape[1],
-        config.temperature,
-        COMPLETIONS,
-    )
+    logprobs = gainrl.rollout_logprobs(model, rollout, slice(None), config)
     advantages = gainrl.group_advantages(rewards).flatten()
     loss, _ = gainrl.grpo_loss(logprobs, logprobs.detach(), advantages, rollout.completion_mask)
     gradients = torch.autograd.grad(loss, list(model.parameters()))
@@ -556,6 +550,7 @@ def draw_speedup(path, speedups, useful, arms, n_seeds):
 def study(n_seeds, size, arms, folder, figures):
     """Runs, tables and figures."""
     began = time.perf_counter()
+    print(describe_machine(), flush=True)
     plan = plan_runs(arms, n_seeds)
     runs, signal_rows = run_all(folder, plan, size)
     targets, results = measure_all(runs, n_seeds)
