@@ -528,6 +528,8 @@ def question_span(offsets, begin, end):
 def end_of_turn(tokenizer):
     """The token with which the chat template ends an assistant's turn: in the rendered example, the
     first added token (one that no text is split into) after the answer. None if there is none."""
+    if not tokenizer.chat_template:
+        return None
     head, _ = render_template(tokenizer)
     _, answer, after_answer = head.rpartition(EXAMPLE_ANSWER)
     if answer:
