@@ -930,7 +930,7 @@ def load_model(name, device):
         if Path(name).is_dir():
             hint = f"wanted are config.json, model.safetensors and tokenizer.json, {contents(name)}"
         raise ValueError(f"cannot load --model {name}: {hint} ({error!r:.300})") from error
-    # Its gradients are NaN for some lengths of masked rows (pytorch issue 196678).
+    # cuDNN's attention has NaN gradients for some lengths of masked rows (pytorch issue 196678).
     torch.backends.cuda.enable_cudnn_sdp(False)
     return model.to(device).eval(), tokenizer
 
@@ -942,9 +942,9 @@ def context_limit(model):
     longer than the switch. Cached keys would be wrong from there on: the switch is the limit."""
     config = model.config.get_text_config()
     limits = [getattr(config, "max_position_embeddings", None) or math.inf]
-    rope = getattr(config, "rope_parameters", None) or {}
-    rope_of_layers = [rope] if "rope_type" in rope else rope.values()
-    for rope in rope_of_layers:
+    parameters = getattr(config, "rope_parameters", None) or {}
+    per_layer_type = [parameters] if "rope_type" in parameters else parameters.values()
+    for rope in per_layer_type:
         if rope["rope_type"] in ("longrope", "dynamic"):
             limits.append(rope["original_max_position_embeddings"])
     return min(limits)
