@@ -246,7 +246,8 @@ def test_the_example_in_two_processes_draws_the_same_on_both(in_trl, tmp_path, s
     launcher = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     both = in_trl("both", launcher=[*launcher, "--main_process_port", "0"])
     assert status(both) == 0, (tmp_path / "both" / "output.txt").read_text()
-    check_curriculum(scores, *(read_rows(tmp_path / "both" / f"log-{rank}.jsonl") for rank in (0, 1)))
+    logs = [read_rows(tmp_path / "both" / f"log-{rank}.jsonl") for rank in (0, 1)]
+    check_curriculum(scores, *logs)
 
 
 TINY_SHAPE = {
