@@ -12,8 +12,8 @@ moves down the order as fast as the accuracy and the angle of the batches allow.
 
 Where the paper's ideas are, in reading order:
 
-    section 3    the signal C_intra, C_inter          angle_concentration, score_prompts
-    section 4    sort by C                            GaussianCurriculum.order
+    paper, 3     the signal C_intra, C_inter          angle_concentration, score_prompts
+    paper, 4     sort by C                            GaussianCurriculum.order
                  draw from a Gaussian over ranks      GaussianCurriculum.sample
                  move it by accuracy and angle        GaussianCurriculum.update
     GRPO         sample, compare, update              generate, group_advantages, grpo_update
@@ -28,13 +28,17 @@ Symbols, here and in the comments:
     T   tokens of a row                        mu       mean of the Gaussian, a rank in [0, N - 1]
     D   width of the hidden states             A        advantage of a completion
 
+In the code `angle` is C too, a mean cosine: high where the angles are small.
+
 What of GRPO is left out, or chosen, and why:
 
-    - The loss is a mean over all completion tokens of the batch, so that a long answer is not
-      diluted, and advantages are z-scores within the group, as in the GRPO paper.
+    - Advantages are z-scores within the group, as in the GRPO paper.
+    - The loss is a mean over all completion tokens of the batch. The GRPO paper's is a mean within
+      each completion first, which lets the tokens of a long one count less.
     - One gradient step a batch (--updates): the policy that samples is the one that is updated, so
-      the ratio is exactly 1 and the clip does nothing: `clip_fraction` is 0. The loss is then minus
-      the mean advantage, about 0, although its gradient is not: it measures no progress.
+      the ratio is exactly 1, nothing is clipped and `clip_fraction` is 0. The loss is then minus
+      the mean advantage of a token, around 0, and measures no progress; its gradient is right.
+    - AdamW without weight decay, at a constant rate; the gradient's norm is clipped to 1.
     - Rewards are 1 or 0, for the right number; there is no reward for format or length.
     - No overlong filter, no dynamic sampling, no entropy bonus: they would blur what the choice of
       questions does.
@@ -91,8 +95,8 @@ PRESETS = {  # what each changes of the defaults below, which are those of gsm8k
 }
 
 
-def setting(default, help):
-    return field(default=default, metadata={"help": help})
+def setting(default, description):
+    return field(default=default, metadata={"description": description})
 
 
 @dataclass
@@ -101,7 +105,9 @@ class Config:
 
     preset: str = setting("gsm8k", "gsm8k or tiny; if not given, tiny where there is no GPU")
     model: str = setting("Qwen/Qwen2.5-0.5B-Instruct", "hub name or local folder")
-    dataset: str = setting("openai/gsm8k", "hub name, or a folder with train.jsonl and test.jsonl")
+    dataset: str = setting(
+        "openai/gsm8k", "a folder with train.jsonl and test.jsonl, or on the hub"
+    )
     curriculum: str = setting("angle", "what picks the questions: " + ", ".join(CURRICULA))
     steps: int = setting(200, "batches to train on; 0 scores and ranks only")
     prompts_per_step: int = setting(32, "P, questions in a batch")
@@ -114,21 +120,20 @@ class Config:
     lr: float = setting(1e-6, "learning rate of AdamW, constant")
     clip: float = setting(0.2, "epsilon of the clipped ratio")
     kl: float = setting(0.001, "weight of the KL term; 0 keeps no reference model in memory")
-    sigma: float | None = setting(None, "width of the Gaussian, in ranks; default 1000/7473 of N")
+    # If not given, the authors' 1000 and 500 of GSM8K's 7,473 questions, as shares of N.
+    sigma: float | None = setting(None, "width of the Gaussian, in ranks; if not given, 0.134 N")
     curriculum_step: float | None = setting(
-        None, "n, the unit of the mean's move, in ranks; default 500/7473 of N"
+        None, "n, the unit of the mean's move, in ranks; if not given, 0.067 N"
     )
     target: float = setting(0.5, "beta, the accuracy above which accuracy moves the mean forward")
     alpha: float = setting(2.0, "weight of the accuracy in the mean's move")
     gamma: float = setting(2.0, "weight of the angle in the mean's move")
     seed: int = setting(0, "of the draws and the sampling")
-    device: str = setting(
-        "cuda" if torch.cuda.is_available() else "cpu", "cpu, cuda, cuda:1, mps; default: a GPU"
-    )
+    device: str = setting("cuda" if torch.cuda.is_available() else "cpu", "cpu, cuda, cuda:1, mps")
     eval_every: int = setting(50, "steps between evaluations")
     eval_examples: int = setting(512, "test questions in an evaluation: the first ones")
     checkpoint_every: int = setting(10, "steps between checkpoints")
-    run_dir: str | None = setting(None, "where the run is kept; runs/PRESET-CURRICULUM-SEED")
+    run_dir: str | None = setting(None, "for its files; if not given, runs/PRESET-CURRICULUM-SEED")
     resume: str | None = setting(None, "a run directory to continue, with its own settings")
 
     def __post_init__(self):
@@ -144,7 +149,9 @@ def check(config):
     def positive(value):
         return 0 < value < math.inf
 
-    step, sigma = config.curriculum_step, config.sigma
+    def positive_or_none(value):
+        return value is None or positive(value)
+
     rules = [
         ("preset", config.preset in PRESETS, "one of " + ", ".join(PRESETS)),
         ("curriculum", config.curriculum in CURRICULA, "one of " + ", ".join(CURRICULA)),
@@ -159,8 +166,8 @@ def check(config):
         ("lr", positive(config.lr), "above 0"),
         ("clip", positive(config.clip), "above 0"),
         ("kl", 0 <= config.kl < math.inf, "0 or more"),
-        ("sigma", sigma is None or positive(sigma), "above 0"),
-        ("curriculum_step", step is None or positive(step), "above 0"),
+        ("sigma", positive_or_none(config.sigma), "above 0"),
+        ("curriculum_step", positive_or_none(config.curriculum_step), "above 0"),
         ("target", 0 <= config.target <= 1, "between 0 and 1"),
         ("alpha", 0 <= config.alpha < math.inf, "0 or more"),
         ("gamma", 0 <= config.gamma < math.inf, "0 or more"),
@@ -195,7 +202,8 @@ def flag(name):
 #
 # For a linear layer Y = X W with token rows x_i and upstream gradients g_i,
 #     |dL/dW|_F^2 = sum_ij (x_i . x_j)(g_i . g_j).
-# Layer norms fix |x_i|, so what a prompt itself brings to its gradient is the angles of its tokens.
+# Where a norm precedes W it fixes |x_i|, so what a prompt itself brings to this sum is the angles
+# between its tokens. The paper measures them after the final norm, in one forward pass.
 
 # One prompt: ids[:start] is the prefix, the same for all questions (system prompt and example);
 # ids[start:end] is the question; ids[end:] closes the user's turn.
@@ -211,8 +219,9 @@ def angle_concentration(hidden, prefix_mask, question_mask, include_self=True):
 
     hidden: (B, T, D), any float dtype. Masks: (B, T), bool or 0/1 of any dtype, disjoint; padding,
     on either side, is in neither. A zero vector has cosine 0 with all. Without prefix C_inter is 0.
-    include_self=False leaves out the i = j pairs. To the mean c of the other pairs of k tokens they
-    add (1 - c)/k, and so favour short questions. A question of one token then has C_intra 0.
+    include_self=False leaves out the i = j pairs. In a question of k tokens whose other pairs have
+    the mean c, they raise C_intra by (1 - c)/k, which favours short questions. Without them a
+    question of one token has C_intra 0.
     ValueError names a row without a question token."""
     prefix_mask, question_mask = prefix_mask.bool(), question_mask.bool()
     empty_rows = (~question_mask.any(1)).nonzero()
@@ -272,11 +281,15 @@ def score_prompts(model, prompts, batch_size=64, include_self=True):
 
     One forward pass of the body up to the question's last token: later tokens cannot change its
     states. What all prompts begin with runs once, and its cache is copied. Questions of one length
-    share a batch, so nothing is padded. ValueError names a question whose score is not finite."""
+    share a batch, so nothing is padded. ValueError names, by its place in `prompts`, a question
+    whose score is not finite; and is raised for prompts that do not begin with the same token."""
     device = model.device
     n_prompts = len(prompts)
     intra, inter = torch.zeros(n_prompts), torch.zeros(n_prompts)
-    shared_ids = os.path.commonprefix([prompt.ids[: prompt.start] for prompt in prompts])
+    prefixes = [prompt.ids[: prompt.start] for prompt in prompts]
+    shared_ids = os.path.commonprefix(prefixes)  # of any sequences, not only of paths
+    if not shared_ids:
+        raise ValueError("the prompts share no token to begin with")
     rows_by_end = {}
     for row, prompt in enumerate(prompts):
         rows_by_end.setdefault(prompt.end, []).append(row)
@@ -314,7 +327,7 @@ def spearman(x, y):
         in_order = values.msort()
         n_below = torch.searchsorted(in_order, values)
         n_below_or_equal = torch.searchsorted(in_order, values, right=True)
-        ranks.append((n_below + n_below_or_equal).double())  # twice the mean rank
+        ranks.append((n_below + n_below_or_equal).double())  # twice the mean rank, less 1
     return torch.corrcoef(torch.stack(ranks))[0, 1].nan_to_num().item()
 
 
@@ -328,9 +341,10 @@ class GaussianCurriculum(torch.utils.data.Sampler):
     """Batches of data-set indices from a Gaussian that moves down the order of the scores.
 
     scores: (N,); `.order` has the highest first, ties by index. step (the paper's n) and sigma are
-    in ranks. None is 500/7473 and 1000/7473 of N, the constants of the authors' code for GSM8K; the
-    sources differ on them (README, "The arms"). sigma = inf draws uniformly. target is the paper's
-    beta. Iterating yields batches without end: a `batch_sampler`.
+    in ranks. None is 500/7473 and 1000/7473 of N, the constants of the authors' code for GSM8K, by
+    which mu reaches the last rank in some 25 batches; the sources differ on them (README, "The
+    arms"). sigma = inf draws uniformly. target is the paper's beta. Iterating yields batches
+    without end: a `batch_sampler`.
     ValueError for N < batch_size, for a score that is not finite, and for a step or sigma that is
     not above 0."""
 
@@ -351,7 +365,8 @@ class GaussianCurriculum(torch.utils.data.Sampler):
         if len(not_finite):
             raise ValueError(f"score {not_finite[0].item()} is not finite")
         if not 1 <= batch_size <= len(scores):
-            raise ValueError(f"only {len(scores)} questions: lower --prompts-per-step {batch_size}")
+            n_questions = f"{len(scores)} questions"
+            raise ValueError(f"no batch of {batch_size} from {n_questions}: see --prompts-per-step")
         self.order = scores.argsort(descending=True, stable=True)
         self.batch_size = batch_size
         self.mean = 0.0
@@ -367,7 +382,8 @@ class GaussianCurriculum(torch.utils.data.Sampler):
         return -0.5 * ((rank - self.mean) / self.sigma) ** 2
 
     def probabilities(self):
-        """(N,) float64 over ranks; sums to 1 even where every density rounds to 0."""
+        """(N,) float64 over ranks; sums to 1 even where every density rounds to 0. To look at:
+        sample() needs the logarithms only."""
         return self.log_density().softmax(0)
 
     def sample(self):
@@ -386,10 +402,10 @@ class GaussianCurriculum(torch.utils.data.Sampler):
     def update(self, accuracy, angle):
         """Move the mean by the accuracy (0 to 1) and the mean C of the batch just trained on:
 
-            mu <- mu + n S(alpha (accuracy - beta)) + n S(gamma angle),   S(z) = 2 sigmoid(2z) - 1
+            mu <- mu + n S(alpha (accuracy - beta)) + n S(gamma C),   S(z) = 2 sigmoid(2z) - 1
 
-        where S(z) = tanh(z). Never backwards, as in the authors' code; never past the last rank,
-        unlike it. Returns the mean. ValueError for NaN and for an accuracy outside [0, 1]."""
+        and S is another way to write tanh. Never backwards, as in the authors' code; never past the
+        last rank, unlike it. Returns the mean. ValueError for NaN and an accuracy outside [0, 1]."""
         if not (0 <= accuracy <= 1 and math.isfinite(angle)):
             raise ValueError(f"accuracy {accuracy} must be in [0, 1] and angle {angle} finite")
         move = math.tanh(self.alpha * (accuracy - self.target)) + math.tanh(self.gamma * angle)
@@ -405,8 +421,9 @@ class GaussianCurriculum(torch.utils.data.Sampler):
 
 
 def make_curriculum(config, scores):
-    """The GaussianCurriculum of config.curriculum. The arms differ in what is sorted, and `uniform`
-    in a Gaussian without end; `angle-unbiased` has scores without the i = j pairs."""
+    """The GaussianCurriculum of config.curriculum. The arms differ in what is sorted; `uniform` has
+    an infinitely wide Gaussian. `angle-unbiased` sorts as `angle` does: its scores were computed
+    without the i = j pairs."""
     random_order = torch.randperm(
         len(scores.angle), generator=torch.Generator().manual_seed(config.seed)
     )
@@ -492,8 +509,8 @@ def render_template(tokenizer):
 def encode_prompts(tokenizer, questions, template=None):
     """The Prompt of each question (strings).
 
-    template: (head, tail) of an earlier render_template, for a template that has today's date in
-    it. If None it is rendered now; ValueError then names a question that the template rewrites."""
+    template: the (head, tail) that a resumed run has kept, because a template may write today's
+    date. If None it is rendered now; ValueError then names a question that the template rewrites."""
     questions = [question.strip() for question in questions]
     head, tail = template or render_template(tokenizer)
     texts = [head + question + tail for question in questions]
@@ -539,6 +556,8 @@ def end_of_turn(tokenizer):
     return None
 
 
+# Read as numbers: $1,000  1{,}000  \textbf{1000}  x = 1000 apples  -\$5  negative 5  50\%
+# No answers, for there is more than one number to them: 1/2  3 million  2, 5  5!  2^5  \pm 5
 BRACED = r"[^{}]*"  # a text whose braces are balanced, here at most eight deep
 for _ in range(8):
     BRACED = rf"[^{{}}]*(?:\{{{BRACED}\}}[^{{}}]*)*"
@@ -568,8 +587,8 @@ def extract_answer(text):
     """The number in the last `\\boxed{}` or, in a text without one, in the last line `#### number`:
     "1000" for "1,000", "$1000" or "1000.00". None if anything in there is not understood."""
     pattern = BOX if "\\boxed" in text else LINE
-    found = ["", *pattern.findall(text)]
-    content = HIDDEN.sub("", found[-1])  # of an unclosed box nothing, which is no answer
+    found = pattern.findall(text)
+    content = HIDDEN.sub("", found[-1] if found else "")  # an unclosed box is found as ""
     answer = ANSWER.fullmatch(content)
     balanced = all(content.count(a) == content.count(b) for a, b in ("()", "[]"))
     if answer is None or not balanced or (answer["unit"] and pattern is LINE):
@@ -595,8 +614,11 @@ def reward(completion, gold):
 #     from gainrl import end_of_turn                                      # section 5
 LOGIT_CHUNK = 256  # tokens whose logits are in memory at once
 
-# B = P G completions: ids and attention_mask (B, T) of prompt and completion; completion_mask
-# (B, T - prompt), which includes the end token; B texts; angle, the mean C of the P prompts.
+# G completions of each of P prompts, B = P G rows; those of a prompt stand next to each other.
+#     ids, attention_mask    (B, T): the padded prompts, and then the completions
+#     completion_mask        (B, completion length): True up to the end token, which is included
+#     texts                  B strings
+#     angle                  the mean C of the P prompts, a float; None if not asked for
 Rollout = namedtuple("Rollout", "ids attention_mask completion_mask texts angle")
 
 
@@ -638,12 +660,12 @@ def choose_token(logits, temperature, generator):
 
 
 @torch.no_grad()
-def generate(model, tokenizer, prompts, config, samples=1, generator=None, include_self=True):
-    """A Rollout: `samples` completions of each of P Prompts at config.temperature, drawn from
+def generate(model, tokenizer, prompts, config, group_size=1, generator=None, include_self=True):
+    """A Rollout: `group_size` completions of each of P Prompts at config.temperature, drawn from
     `generator`; or, without one, the greedy completion, with angle None: only training needs it.
 
     Each prompt runs once, and its keys and values are repeated. Of the model's generation_config
-    only the end tokens count: top_k, top_p or a penalty would make the log-probs of the samples
+    only the end tokens count: top_k, top_p or a penalty would make the log-probs of the group_size
     wrong. FloatingPointError if the hidden states are not finite."""
     padded = [tensor.to(model.device) for tensor in left_pad(prompts)]
     ids, attention_mask, prefix_mask, question_mask = padded
@@ -660,10 +682,10 @@ def generate(model, tokenizer, prompts, config, samples=1, generator=None, inclu
             intra, inter = angle_concentration(hidden, prefix_mask, question_mask, include_self)
             angle = (intra + inter).mean().item()
 
-        cache.batch_repeat_interleave(samples)
-        ids = ids.repeat_interleave(samples, dim=0)
-        attention_mask = attention_mask.repeat_interleave(samples, dim=0)
-        hidden = hidden[:, -1:].repeat_interleave(samples, dim=0)
+        cache.batch_repeat_interleave(group_size)
+        ids = ids.repeat_interleave(group_size, dim=0)
+        attention_mask = attention_mask.repeat_interleave(group_size, dim=0)
+        hidden = hidden[:, -1:].repeat_interleave(group_size, dim=0)
         alive = torch.ones_like(attention_mask[:, :1])  # rows that have not ended
         for _ in range(config.max_new_tokens):
             token = choose_token(lm_head(hidden[:, -1]), config.temperature, generator)
@@ -681,13 +703,15 @@ def generate(model, tokenizer, prompts, config, samples=1, generator=None, inclu
     return Rollout(ids, attention_mask, completion_mask, texts, angle)
 
 
-def completion_logprobs(model, ids, attention_mask, completion_length, temperature, samples=1):
+def completion_logprobs(
+    model, ids, attention_mask, completion_length, temperature, rows_per_prompt=1
+):
     """log pi of the last `completion_length` tokens of each row under the temperature that sampled
     them: float32 (B, completion_length).
 
-    ids, attention_mask: (B, T). Every `samples` rows share one prompt, whose keys and values are
-    computed once, with their gradient. The logits of LOGIT_CHUNK tokens are made at a time, and
-    once more in the backward pass: all of them, (B, T, vocabulary) in float32, are gigabytes."""
+    ids, attention_mask: (B, T). Each `rows_per_prompt` rows in line share a prompt, whose keys and
+    values are computed once, with their gradient. The logits of LOGIT_CHUNK tokens are made at a
+    time, and once more in the backward pass: all of them, (B, T, vocabulary), take gigabytes."""
     lm_head = model.get_output_embeddings()
     position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)
     prompt_length = ids.shape[1] - completion_length
@@ -699,16 +723,16 @@ def completion_logprobs(model, ids, attention_mask, completion_length, temperatu
     with mixed_precision(model.device):
         prompt_hidden, cache = run_body(
             model,
-            ids[::samples, :prompt_length],
-            attention_mask[::samples, :prompt_length],
-            position_ids[::samples, :prompt_length],
+            ids[::rows_per_prompt, :prompt_length],
+            attention_mask[::rows_per_prompt, :prompt_length],
+            position_ids[::rows_per_prompt, :prompt_length],
         )
-        cache.batch_repeat_interleave(samples)
+        cache.batch_repeat_interleave(rows_per_prompt)
         completion_hidden, _ = run_body(
             model, ids[:, prompt_length:], attention_mask, position_ids[:, prompt_length:], cache
         )
         # A token is predicted by the state before it: the first one by the prompt's last state.
-        last_of_prompt = prompt_hidden[:, -1:].repeat_interleave(samples, dim=0)
+        last_of_prompt = prompt_hidden[:, -1:].repeat_interleave(rows_per_prompt, dim=0)
         hidden = torch.cat([last_of_prompt, completion_hidden[:, :-1]], dim=1)
         hidden_chunks = hidden.flatten(0, 1).split(LOGIT_CHUNK)
         target_chunks = ids[:, prompt_length:].flatten().split(LOGIT_CHUNK)
@@ -736,7 +760,7 @@ def grpo_loss(logprobs, old_logprobs, advantages, mask, clip=0.2, reference_logp
         loss = mean over the mask of -min(r A, clamp(r, 1 - clip, 1 + clip) A) + kl k3
         r = exp(logprobs - old_logprobs),  k3 = exp(d) - d - 1,  d = reference_logprobs - logprobs
 
-    advantages: (B,), the rest (B, T); mask: bool or 0/1 of any dtype. What stands behind the mask,
+    advantages: (B,), the rest (B, T); mask: bool or 0/1 of any dtype. What it leaves out,
     even an infinity, changes neither loss nor gradient. k3 is never negative, and unbiased (the
     "low-variance" estimator of the authors' scripts). stats: the floats kl and clip_fraction."""
     mask = mask.bool()
@@ -762,16 +786,16 @@ def grpo_loss(logprobs, old_logprobs, advantages, mask, clip=0.2, reference_logp
 
 def rollout_logprobs(model, rollout, rows, config):
     """completion_logprobs of some rows of a Rollout, a slice."""
-    # The slice may cut a group in two. Only of gcd rows in line one can be sure that they share a
-    # prompt: of 6 completions each, in slices of 4, these are 2.
-    samples = math.gcd(config.micro_batch, config.completions_per_prompt)
+    # A micro-batch may cut a group in two. What surely share a prompt are runs of gcd rows: 2, for
+    # micro-batches of 4 and groups of 6.
+    rows_per_prompt = math.gcd(config.micro_batch, config.completions_per_prompt)
     return completion_logprobs(
         model,
         rollout.ids[rows],
         rollout.attention_mask[rows],
         rollout.completion_mask.shape[1],
         config.temperature,
-        samples,
+        rows_per_prompt,
     )
 
 
@@ -831,13 +855,13 @@ def train(config):
     check(config)
     with RunFolder(config) as run:
         model, tokenizer, problems, test_problems = load_task(config, run)
-        reference = copy.deepcopy(model) if config.kl else None
+        reference = copy.deepcopy(model) if config.kl else None  # the weights before any step
         optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=0.0)
         generator = torch.Generator(model.device).manual_seed(config.seed)
         include_self = config.curriculum != "angle-unbiased"
         G = config.completions_per_prompt
 
-        # Score every question once, under the weights that training starts from, and rank them.
+        # Score every question once, in all arms, under the weights that training starts from.
         scores = run.load_scores(len(problems))
         if scores is None:
             prompts = [problem["prompt"] for problem in problems]
@@ -869,11 +893,11 @@ def train(config):
                 if step % config.checkpoint_every == 0:
                     run.save_checkpoint(step, model, optimizer, curriculum, generator)
                 bar.update()
-                bar.set_postfix(accuracy=rewards.mean().item(), mean=curriculum.mean)
+                bar.set_postfix(accuracy=rewards.mean().item(), mean=mean)
 
         if step:  # not with --steps 0, which only scores and ranks
             run.save_checkpoint(step, model, optimizer, curriculum, generator)
-        if step < config.steps:
+        if stop.signum:
             raise Stopped(stop.signum)
         if step and not run.evaluated(step):
             run.record_evaluation(step, evaluate(model, tokenizer, test_problems, config))
@@ -908,12 +932,12 @@ def evaluate(model, tokenizer, problems, config):
 
 
 def wilson_interval(successes, trials, z=1.96):
-    """The 95% Wilson interval of a share: sensible near 0 and 1, where share +- z s is not."""
+    """The 95% Wilson interval of a share: sensible near 0 and 1, where the normal one is not."""
     share = successes / trials
     center = share + z**2 / (2 * trials)
     half_width = z * math.sqrt(share * (1 - share) / trials + z**2 / (4 * trials**2))
     scale = 1 + z**2 / trials
-    return (center - half_width) / scale, (center + half_width) / scale
+    return max(0.0, (center - half_width) / scale), min(1.0, (center + half_width) / scale)
 
 
 # --- 8. Plumbing: models, data, files, signals. Nothing of GAIN-RL or GRPO is below ---------------
@@ -992,7 +1016,7 @@ def logits_difference(model, prompt):
     """The largest difference between two ways to the logits of a question, as a share of the
     largest logit: the model's own forward pass; and what this file does, lm_head of the body's last
     hidden states, with padding on the left, the prefix cached, its cache repeated and the question
-    run on top. In float32 also on a GPU."""
+    run on top. In float32, even on a GPU."""
     n_samples, n_padding = 2, 3
     ids = torch.tensor([prompt.ids], device=model.device)
     own = model(input_ids=ids).logits[:, prompt.start :].float()
@@ -1077,7 +1101,7 @@ class RunFolder:
     def __init__(self, config):
         self.config = config
         self.path = Path(config.run_dir)
-        self.lock = filelock.FileLock(self.path / ".lock")  # the system frees it after any death
+        self.lock = filelock.FileLock(self.path / ".lock")  # freed however the process ends
         self.record = asdict(config)  # without where it is: a run may be moved
         del self.record["run_dir"], self.record["resume"]
         self.template = None
@@ -1101,7 +1125,9 @@ class RunFolder:
         return self
 
     def claim(self):
-        """Refuse a directory that holds another run; remove what a killed process left half."""
+        """Remove what a killed process left half; refuse a directory that holds another run."""
+        for leftover in self.path.rglob("*.tmp"):
+            remove(leftover)
         holds_a_run = any(entry.name != ".lock" for entry in self.path.iterdir())
         if holds_a_run and not self.config.resume:
             raise ValueError(
@@ -1118,8 +1144,6 @@ class RunFolder:
                     )
             self.record = {**recorded, **self.record}
             self.template = recorded["template"]
-        for leftover in self.path.rglob("*.tmp"):
-            remove(leftover)
 
     def __exit__(self, *exception):
         """Give the directory back, without a trace if nothing was written."""
@@ -1281,7 +1305,7 @@ def read_record(run_dir):
     path = Path(run_dir, "config.json")
     try:
         record = json.loads(path.read_bytes())
-        names = {setting.name for setting in fields(Config)} - {"run_dir", "resume"}
+        names = {known.name for known in fields(Config)} - {"run_dir", "resume"}
         missing = names - set(record)
     except (OSError, ValueError, TypeError) as error:
         raise ValueError(f"--resume {run_dir} names no run: start one ({error})") from error
@@ -1457,7 +1481,8 @@ def tiny_tokenizer(problems):
     tokens = tokenizers.Regex(r"\\boxed\{|[0-9]+|\w+|[^\w\s]")  # spaces are no tokens
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel(unk_token=PAD))
     words.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokens, "removed", invert=True)
-    texts = [" ".join(row.values()) for row in [*problems, *build_messages(".")]]
+    texts = [f"{problem['question']} {problem['answer']}" for problem in problems]
+    texts += [f"{message['role']} {message['content']}" for message in build_messages(".")]
     trainer = tokenizers.trainers.WordLevelTrainer(
         special_tokens=[PAD, END, BEGIN], show_progress=False
     )
@@ -1487,7 +1512,7 @@ def tiny_model(vocab_size):
 
 
 def warm_up(model, tokenizer, problems, rng, steps, effort):
-    """Teach the model what RL can select from: to solve problems, and mostly not to bother.
+    """Teach the model both to solve problems and to guess: GRPO can then reinforce the better way.
 
     Supervised steps on worked solutions. In the last quarter all but a share effort**n of the
     problems with n steps get a bare answer instead, the first number of the solution: so the model
@@ -1536,17 +1561,22 @@ def parse_config(argv=None):
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
-    for setting in fields(Config):
-        alternatives = typing.get_args(setting.type)  # of `float | None`: float, NoneType
-        value_type = alternatives[0] if alternatives else setting.type
-        help_text = f"{setting.metadata['help']} (default: {setting.default}"
-        if setting.name in PRESETS["tiny"]:
-            help_text += f"; tiny: {PRESETS['tiny'][setting.name]}"
-        parser.add_argument(flag(setting.name), type=value_type, help=help_text + ")")
+    for known in fields(Config):
+        alternatives = typing.get_args(known.type)  # of `float | None`: float, NoneType
+        value_type = alternatives[0] if alternatives else known.type
+        help_text = known.metadata["description"]
+        if known.default is not None:
+            help_text += f" (default: {known.default}"
+            if known.name in PRESETS["tiny"]:
+                help_text += f"; tiny: {PRESETS['tiny'][known.name]}"
+            help_text += ")"
+        parser.add_argument(flag(known.name), type=value_type, help=help_text)
     named = vars(parser.parse_args(argv))
 
+    if "resume" in named and "run_dir" in named:
+        raise ValueError("--resume and --run-dir name two directories: leave one out")
     if "resume" in named:
-        names = {setting.name for setting in fields(Config)}
+        names = {known.name for known in fields(Config)}
         record = read_record(named["resume"])
         base = {name: value for name, value in record.items() if name in names}
     else:
@@ -1577,8 +1607,11 @@ def main(argv=None):
         train(config)
         return 0
     except torch.OutOfMemoryError as error:
-        hint = f"out of memory: lower --micro-batch or --score-batch; {how_to_continue(run_dir)}"
-        report(f"{hint} ({error!s:.200})")
+        lower = (
+            "lower --micro-batch (or --score-batch; for sampling, start with --prompts-per-step)"
+        )
+        reason = str(error).partition("\n")[0]
+        report(f"out of memory: {lower}; {how_to_continue(run_dir)} ({reason:.200})")
         return 2
     except (ValueError, OSError, FloatingPointError) as error:
         report(error)

@@ -1576,7 +1576,7 @@ def test_models_are_never_called_by_position(stopping_model, tokenizer, prompts)
         rollout = gainrl.generate(model, tokenizer, prompts[:3], config, 2, seeded())
         length = rollout.completion_mask.shape[1]
         logprobs = gainrl.completion_logprobs(
-            model, rollout.ids, rollout.attention_mask, length, 1.0, samples=2
+            model, rollout.ids, rollout.attention_mask, length, 1.0, rows_per_prompt=2
         )
         gainrl.check_model(model, prompts)
         found.append([*gainrl.score_prompts(model, prompts), rollout.ids, logprobs])
@@ -1677,7 +1677,7 @@ def gradient_norms(model, tokenizer, problem, generator):
         rollout.attention_mask,
         rollout.completion_mask.shape[1],
         config.temperature,
-        samples=8,
+        rows_per_prompt=8,
     )
     loss, _ = gainrl.grpo_loss(
         logprobs, logprobs.detach(), advantages.flatten(), rollout.completion_mask
@@ -1750,11 +1750,12 @@ def test_without_a_gpu_it_is_the_tiny_world_that_runs(has_gpu, flags, preset, mo
 
 def test_help_names_each_flag_with_its_default(capsys):
     assert command("--help") == 0
-    text = " ".join(capsys.readouterr().out.split())
+    text = "".join(capsys.readouterr().out.split())  # without spaces: it is wrapped anywhere
     for setting in gainrl.Config.__dataclass_fields__.values():
-        described = text.partition(gainrl.flag(setting.name) + " ")[2]
-        assert setting.metadata["help"] in described
-        assert f"(default: {setting.default}" in described
+        described = text.partition(gainrl.flag(setting.name) + setting.name.upper())[2]
+        assert described.startswith("".join(setting.metadata["description"].split()))
+        if setting.default is not None:
+            assert f"(default:{setting.default}" in described
 
 
 # --- End to end -----------------------------------------------------------------------------------
@@ -2094,6 +2095,29 @@ def test_ctrl_c_during_an_evaluation_loses_no_step(small_run, run, monkeypatch):
     assert handlers() == usual
 
 
+def test_a_kill_while_config_json_is_written_leaves_a_directory_to_start_in(small_run, run):
+    run.mkdir()
+    (run / "config.json.123.tmp").write_text("{")
+    (run / ".lock").touch()
+    assert command(*small_run, "--run-dir", run, "--steps", 0) == 0
+    assert not list(run.glob("*.tmp"))
+
+
+def test_ctrl_c_in_the_last_step_stops_before_the_last_evaluation(small_run, run, monkeypatch):
+    grpo_update = gainrl.grpo_update
+
+    def interrupted(*inputs):
+        signal.raise_signal(signal.SIGINT)
+        return grpo_update(*inputs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(gainrl, "grpo_update", interrupted)
+        assert command(*small_run, "--run-dir", run, "--steps", 1) == 130
+    assert [row["step"] for row in read_evaluations(run)] == [0]
+    assert command("--resume", run) == 0
+    assert [row["step"] for row in read_evaluations(run)] == [0, 1]
+
+
 @pytest.mark.parametrize("signum, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_before_the_first_step_stops_at_once_and_leaves_no_directory(
     small_run, run, monkeypatch, capfd, signum, status
@@ -2180,7 +2204,7 @@ def test_out_of_memory_names_what_to_lower_and_how_to_resume(copied_run, monkeyp
         ("--curriculum best", "--curriculum best"),
         ("--steps -1", "--steps -1"),
         ("--prompts-per-step 0", "--prompts-per-step 0"),
-        ("--prompts-per-step 41", "only 40 questions: lower --prompts-per-step 41"),
+        ("--prompts-per-step 41", "batch of 41 from 40 questions: see --prompts-per-step"),
         ("--completions-per-prompt 1", "--completions-per-prompt 1"),
         ("--updates 0", "--updates 0"),
         ("--max-new-tokens 0", "--max-new-tokens 0"),
@@ -2219,8 +2243,7 @@ def test_out_of_memory_names_what_to_lower_and_how_to_resume(copied_run, monkeyp
         ("--dataset no/such-data", "no/such-data"),
         ("--dataset {empty}", "{empty}/train.jsonl"),
         ("--run-dir {file}", "--run-dir {file}"),
-        ("--resume {empty}", "{empty}"),
-        ("--resume {none}", "{none}"),
+        ("--resume {none}", "--resume and --run-dir"),
     ],
 )
 def test_bad_settings_are_refused_by_flag(small_run, tmp_path, capfd, monkeypatch, flags, named):
@@ -2233,6 +2256,14 @@ def test_bad_settings_are_refused_by_flag(small_run, tmp_path, capfd, monkeypatc
     words = [*small_run, "--run-dir", tmp_path / "run", *flags.format(**paths).split()]
     assert named.format(**paths) in refusal(capfd, *words)
     assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("folder", ["empty", "none"])
+def test_what_is_no_run_is_not_resumed(tmp_path, capfd, folder):
+    (tmp_path / "empty").mkdir()
+    line = refusal(capfd, "--resume", tmp_path / folder)
+    assert f"--resume {tmp_path / folder} names no run" in line
+    assert [path.name for path in tmp_path.iterdir()] == ["empty"]
 
 
 GOOD_ROW = ROWS[0]

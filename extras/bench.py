@@ -388,7 +388,7 @@ def compare_logits():
 
     def work():
         logprobs = gainrl.completion_logprobs(
-            model, ids, attention_mask, completion_tokens, temperature=1.0, samples=samples
+            model, ids, attention_mask, completion_tokens, temperature=1.0, rows_per_prompt=samples
         )
         logprobs.sum().backward()
 
