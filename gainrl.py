@@ -539,23 +539,44 @@ def end_of_turn(tokenizer):
     return None
 
 
-ANSWER = re.compile(r"\\boxed\s*\{((?:[^{}]|\{[^{}]*\})*)\}|####([^\n]*)")
-IGNORED = re.compile(r"\\?\$|\\[!,]|\{,\}|(?<=[0-9]),(?=[0-9]{3}(?![0-9]))")  # $5, 1\,000, 1,000
-NUMBER = re.compile(r"(?:-\s*)?(?:[0-9]+\.?[0-9]*|\.[0-9]+)")
+BRACED = r"[^{}]*"  # a text whose braces are balanced, here at most eight deep
+for _ in range(8):
+    BRACED = rf"[^{{}}]*(?:\{{{BRACED}\}}[^{{}}]*)*"
+BOX = re.compile(rf"\\boxed\s*(\{{{BRACED}\}}|[^\s{{}}\\][^\n{{}}\\]*|)")  # {42}, 42 or unclosed
+LINE = re.compile(r"####[\s*]*([^\s*#A-Za-z].*)")  # what begins with a word is a heading
+# Print does not show fonts, nor braces but \{ and \}: \textbf{1{,}000} reads 1,000.
+FONT = r"boxed|[fm]box|emph|underline|boldsymbol|bm|bf|rm|displaystyle|(?:text|math)(?:[a-z]{2})?"
+HIDDEN = re.compile(rf"\\({FONT})(?![a-z])|\\(text)?color\{{[a-z]+\}}|[{{}}](?<!\\.)|\\\\\}}|\\!")
+# A GAP may stand between sign, number and unit, but not inside the number: 5(6) is not 56.
+SYMBOL = r"""(?:\\|\\left|\\right)?[$¢£¥\u20a0-\u20bf%°()\[\]"'`“”‘’]|\*\*|<\|\w+\|>|</s>"""
+GAP = rf"(?:\s|~|\\[ ,:;]|\\\\(?![A-Za-z])|\^?\\(?:circ|degree|pounds|euro|q?quad)|{SYMBOL})*"
+COMMA = r",(?:\\,)?|\\[ ,:;]|[ ~'’\uff0c\u00a0\u2009\u202f]"  # \u: a wide comma, narrow spaces
+GROUPED = rf"[1-9][0-9]{{0,2}}(?P<comma>{COMMA})[0-9]{{3}}(?:(?P=comma)[0-9]{{3}})*"
+NUMBER = rf"(?=\.?[0-9])(?P<number>(?:{GROUPED}|[0-9]*)(?:\.[0-9]+)?)"
+MINUS = r"(?P<minus>[-\u2010-\u2013\u2212\uff0d]|(?i:minus|negative))"  # a dash may be a minus
+SIGNED = rf"(?:(?:[A-Za-z]+{GAP})?={GAP})?(?:(?:\+|{MINUS}){GAP})?{NUMBER}"  # "x = -5", too
+# A word is a unit, unless it changes the number or is so short that it may be a factor: 5xy, 5k.
+COUNT = "(?:two|three|four|fort|fi[fv]|six|seven|eigh|nin|tenth|elev|twe[ln]|thir|recur)[a-z]*"
+SCALE = "(?:hundred|thou|[a-z]*illion|dozen|lakh|crore|repeat|hal[fv]|quarter)[a-z]*|[mb]ln|grand"
+OTHER = "one|ten|mil|score|gross|and|plus|minus|negative|over|below|point|squared|cubed|factorial"
+SHORT = "cm|mm|km|kg|mg|m[lL]|ft|in|yd|mi|lb|oz|hr|[aApP][mM]|sq|of|(?<![0-9])[mghsLCF]"
+UNIT = rf"/?(?![\W\d]|(?i:{COUNT}|{SCALE}|{OTHER})\b)(?:[A-Za-z]{{3,}}|{SHORT})(?![A-Za-z])\.?"
+ANSWER = re.compile(rf"{GAP}{SIGNED}{GAP}(?P<unit>(?:{UNIT}{GAP}){{0,12}})(?:[.,;:]{GAP})?")
 
 
 def extract_answer(text):
-    """The number in the last `\\boxed{...}` or `#### ...`, in one canonical form, or None.
-    "1,000", "$1000", "1000.00" and "1000." are all "1000". A box of several numbers (a fraction,
-    a range, a list) has no answer: to choose one of them would reward a guess."""
-    answers = ANSWER.findall(text)
-    content = "".join(answers[-1] if answers else "").replace("\N{MINUS SIGN}", "-")
-    numbers = NUMBER.findall(IGNORED.sub("", content))
-    if len(numbers) != 1 or "frac" in content:
+    """The number in the last `\\boxed{}` or, in a text without one, in the last line `#### number`:
+    "1000" for "1,000", "$1000" or "1000.00". None if anything in there is not understood."""
+    pattern = BOX if "\\boxed" in text else LINE
+    found = ["", *pattern.findall(text)]
+    content = HIDDEN.sub("", found[-1])  # of an unclosed box nothing, which is no answer
+    answer = ANSWER.fullmatch(content)
+    balanced = all(content.count(a) == content.count(b) for a, b in ("()", "[]"))
+    if answer is None or not balanced or (answer["unit"] and pattern is LINE):
         return None
-    whole, _, fraction = numbers[0].lstrip("-").strip().partition(".")  # text: int() has a limit
-    number = (whole.lstrip("0") or "0") + ("." + fraction.rstrip("0")).rstrip(".")
-    return "-" + number if numbers[0].startswith("-") and number != "0" else number
+    whole, _, fraction = re.sub("[^0-9.]", "", answer["number"]).partition(".")
+    number = (whole.lstrip("0") or "0") + f".{fraction}".rstrip("0").rstrip(".")
+    return "-" + number if answer["minus"] and number != "0" else number
 
 
 def reward(completion, gold):

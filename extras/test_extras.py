@@ -22,7 +22,7 @@ import torch
 
 import gainrl
 from extras import bench, plot, study
-from test_gainrl import bpe, qwen2, read
+from test_gainrl import bpe_tokenizer, random_model, read_rows
 
 torch.set_num_threads(1)  # on busy cores, threads that wait spin
 ROOT = Path(gainrl.__file__).resolve().parent
@@ -31,12 +31,12 @@ ROWS = [gainrl.tiny_problem(random.Random(k), distractors=k % 3) for k in range(
 
 @pytest.fixture(scope="session")
 def tokenizer():
-    return bpe()
+    return bpe_tokenizer()
 
 
 @pytest.fixture(scope="session")
 def model(tokenizer):
-    return qwen2(len(tokenizer))
+    return random_model(len(tokenizer))
 
 
 # --- plot.py --------------------------------------------------------------------------------------
@@ -235,7 +235,7 @@ def test_the_example_in_one_process_and_killed_and_resumed(in_trl, tmp_path, sco
     assert status(whole) == 0, (tmp_path / "whole" / "output.txt").read_text()
     assert status(killed) == -signal.SIGKILL
     assert status(in_trl("killed", "--resume")) == 0
-    whole, killed = (read(tmp_path / name / "log-0.jsonl") for name in ("whole", "killed"))
+    whole, killed = (read_rows(tmp_path / name / "log-0.jsonl") for name in ("whole", "killed"))
     check_curriculum(scores, whole)
     assert killed == whole[:10] + whole[6:]  # draw, rows, update; draw, ...
 
@@ -246,7 +246,8 @@ def test_the_example_in_two_processes_draws_the_same_on_both(in_trl, tmp_path, s
     launcher = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     both = in_trl("both", launcher=[*launcher, "--main_process_port", "0"])
     assert status(both) == 0, (tmp_path / "both" / "output.txt").read_text()
-    check_curriculum(scores, *(read(tmp_path / "both" / f"log-{rank}.jsonl") for rank in (0, 1)))
+    logs = [read_rows(tmp_path / "both" / f"log-{rank}.jsonl") for rank in (0, 1)]
+    check_curriculum(scores, *logs)
 
 
 TINY_SHAPE = {
