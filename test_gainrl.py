@@ -1119,7 +1119,8 @@ def test_the_reward_is_one_for_the_gold_answer_and_missing_answers_never_agree()
 
 
 STARTS = ["", "\\boxed", "\\boxed{", "\\boxed{5", "\\boxed{-", "\\boxed{5 a", "####", "#### 5"]
-UNITS = "\\boxed{ \\boxed{1} \\boxed { } {} 1 # #### , 1, ,000 - $ ( () ' ~ \\ \\\\ \\, \\! a abc m/ . = x= * <| million"
+UNITS = "\\boxed{ \\boxed{1} \\boxed { } {} 1 # #### , 1, ,000 - $ ( () ' ~ "
+UNITS += "\\ \\\\ \\, \\! a abc m/ . = x= * <| million"
 UNITS = [*UNITS.split(), "\\text{", "\\color{", "\ud800", " ", "\n", " 000", "a ", "abc ", "#### "]
 
 
