@@ -6,8 +6,8 @@ tokens. The more they point one way, the larger the gradient that the question c
 questions are sorted by C, each batch is drawn from a Gaussian over the ranks, and the Gaussian
 moves down the order as fast as the accuracy and the angle of the batches allow. The rest is GRPO.
 
-    python gainrl.py                              Qwen2.5-0.5B on GSM8K; without a GPU, a tiny world
-    python gainrl.py --curriculum uniform         plain GRPO; --help lists the other arms
+    python gainrl.py                              Qwen2.5-0.5B on GSM8K; without a GPU, a toy (tiny)
+    python gainrl.py --curriculum uniform         plain GRPO, uniform draws; --help lists the others
     python gainrl.py --resume runs/tiny-angle-0   continue after Ctrl-C, a crash or kill -9
 
 Where the paper's ideas are, in reading order:
@@ -28,7 +28,8 @@ Symbols, here and in the comments:
     T   tokens of a row                        mu       mean of the Gaussian, a rank in [0, N - 1]
     D   width of the hidden states             A        advantage of a completion
 
-In the code `angle` is C too, a mean cosine: high where the angles are small.
+In the code `angle` is C too, a sum of mean cosines: high where the angles are small. The paper's n
+is `curriculum_step`, its beta `target`, its mu `curriculum.mean`.
 
 What of GRPO is left out, or chosen, and why:
 
@@ -42,9 +43,13 @@ What of GRPO is left out, or chosen, and why:
     - Rewards are 1 or 0, for the right number; there is no reward for format or length.
     - No overlong filter, no dynamic sampling, no entropy bonus: they would blur what the choice of
       questions does.
-    - One GPU, and sampling by the same weights in the same process: extras/train_trl.py has more.
+    - One GPU, and sampling by the same weights in the same process. For several GPUs see
+      extras/train_trl.py.
 
-Unlike the authors' code, C is the paper's definition and the Gaussian stops at the last rank."""
+C is computed as the paper defines it, and the Gaussian stops at the last rank; the authors' code
+does neither (README)."""
+
+# --- 1. Imports -----------------------------------------------------------------------------------
 
 import argparse
 import contextlib
@@ -103,7 +108,7 @@ def setting(default, description):
 class Config:
     """Every setting of a run. `Config(**PRESETS["tiny"])` is what --preset tiny runs."""
 
-    preset: str = setting("gsm8k", "gsm8k or tiny; if not given, tiny where there is no GPU")
+    preset: str = setting("gsm8k", "gsm8k or tiny; if not given, see default_preset")
     model: str = setting("Qwen/Qwen2.5-0.5B-Instruct", "hub name or local folder")
     dataset: str = setting(
         "openai/gsm8k", "a folder with train.jsonl and test.jsonl, or on the hub"
@@ -123,11 +128,11 @@ class Config:
     # If not given, the authors' 1000 and 500 of GSM8K's 7,473 questions, as shares of N.
     sigma: float | None = setting(None, "width of the Gaussian, in ranks; if not given, 0.134 N")
     curriculum_step: float | None = setting(
-        None, "n, the unit of the mean's move, in ranks; if not given, 0.067 N"
+        None, "n, the unit of the Gaussian's move, in ranks; if not given, 0.067 N"
     )
-    target: float = setting(0.5, "beta, the accuracy above which accuracy moves the mean forward")
-    alpha: float = setting(2.0, "weight of the accuracy in the mean's move")
-    gamma: float = setting(2.0, "weight of the angle in the mean's move")
+    target: float = setting(0.5, "beta, the accuracy that leaves the Gaussian in place")
+    alpha: float = setting(2.0, "weight of the accuracy in the Gaussian's move")
+    gamma: float = setting(2.0, "weight of C in the Gaussian's move")
     seed: int = setting(0, "of the draws and the sampling")
     device: str = setting("cuda" if torch.cuda.is_available() else "cpu", "cpu, cuda, cuda:1, mps")
     eval_every: int = setting(50, "steps between evaluations")
@@ -144,7 +149,7 @@ class Config:
 
 
 def check(config):
-    """ValueError for the first setting that has no meaning, under the name of its flag."""
+    """Raise ValueError for the first invalid setting, and name its flag."""
 
     def positive(value):
         return 0 < value < math.inf
@@ -205,8 +210,9 @@ def flag(name):
 # Where a norm precedes W it fixes |x_i|, so what a prompt itself brings to this sum is the angles
 # between its tokens. The paper measures them after the final norm, in one forward pass.
 
-# One prompt: ids[:start] is the prefix, the same for all questions (system prompt and example);
-# ids[start:end] is the question; ids[end:] closes the user's turn.
+# One prompt: ids[:start] is the prefix (system prompt and example), the same text for all questions,
+# though a token may hold its end and the question's begin; ids[start:end] is the question; ids[end:]
+# closes the user's turn.
 Prompt = namedtuple("Prompt", "ids start end")
 Scores = namedtuple("Scores", "intra inter angle tokens")
 
@@ -298,7 +304,7 @@ def score_prompts(model, prompts, batch_size=64, include_self=True):
         shared_hidden, shared_cache = run_body(model, torch.tensor([shared_ids], device=device))
         for end in tqdm(sorted(rows_by_end), desc="scoring", unit="length", leave=False):
             for rows in torch.tensor(rows_by_end[end]).split(batch_size):
-                batch = [prompts[row] for row in rows]
+                batch = [prompts[row] for row in rows.tolist()]
                 ids = [prompt.ids[len(shared_ids) : end] for prompt in batch]
                 cache = copy.deepcopy(shared_cache)
                 cache.batch_repeat_interleave(len(batch))
@@ -306,6 +312,7 @@ def score_prompts(model, prompts, batch_size=64, include_self=True):
                 hidden = torch.cat([shared_hidden.expand(len(batch), -1, -1), hidden], dim=1)
                 starts = torch.tensor([prompt.start for prompt in batch], device=device)
                 prefix_mask = torch.arange(end, device=device) < starts[:, None]
+                # Nothing is padded, and all rows end with their question: the rest is question.
                 batch_intra, batch_inter = angle_concentration(
                     hidden, prefix_mask, ~prefix_mask, include_self
                 )
@@ -340,11 +347,11 @@ def spearman(x, y):
 class GaussianCurriculum(torch.utils.data.Sampler):
     """Batches of data-set indices from a Gaussian that moves down the order of the scores.
 
-    scores: (N,); `.order` has the highest first, ties by index. step (the paper's n) and sigma are
-    in ranks. None is 500/7473 and 1000/7473 of N, the constants of the authors' code for GSM8K, by
-    which mu reaches the last rank in some 25 batches; the sources differ on them (README, "The
-    arms"). sigma = inf draws uniformly. target is the paper's beta. Iterating yields batches
-    without end: a `batch_sampler`.
+    scores: (N,); `.order` has the highest first, ties by index. step (the paper's n, the unit of
+    its moves) and sigma are in ranks. None is 500/7473 and 1000/7473 of N, the constants of the
+    authors' code for GSM8K, by which mu reaches the last rank in some 25 batches; notes on the
+    paper have others (README, "The arms"). sigma = inf draws uniformly. target is the paper's beta.
+    Iterating yields batches without end: a `batch_sampler`.
     ValueError for N < batch_size, for a score that is not finite, and for a step or sigma that is
     not above 0."""
 
@@ -404,8 +411,9 @@ class GaussianCurriculum(torch.utils.data.Sampler):
 
             mu <- mu + n S(alpha (accuracy - beta)) + n S(gamma C),   S(z) = 2 sigmoid(2z) - 1
 
-        and S is another way to write tanh. Never backwards, as in the authors' code; never past the
-        last rank, unlike it. Returns the mean. ValueError for NaN and an accuracy outside [0, 1]."""
+        and S is another way to write tanh. Like the authors' code, it never moves backwards; unlike
+        it, it stops at the last rank. Returns the mean. ValueError for NaN, and for an accuracy
+        outside [0, 1]."""
         if not (0 <= accuracy <= 1 and math.isfinite(angle)):
             raise ValueError(f"accuracy {accuracy} must be in [0, 1] and angle {angle} finite")
         move = math.tanh(self.alpha * (accuracy - self.target)) + math.tanh(self.gamma * angle)
@@ -513,6 +521,7 @@ def encode_prompts(tokenizer, questions, template=None):
     date. If None it is rendered now; ValueError then names a question that the template rewrites."""
     questions = [question.strip() for question in questions]
     head, tail = template or render_template(tokenizer)
+    # Joined here, so that it is known where a question's characters are.
     texts = [head + question + tail for question in questions]
     if template is None:
         for question, text in zip(questions, texts):
@@ -543,8 +552,8 @@ def question_span(offsets, begin, end):
 
 
 def end_of_turn(tokenizer):
-    """The token with which the chat template ends an assistant's turn: in the rendered example, the
-    first added token (one that no text is split into) after the answer. None if there is none."""
+    """The token with which the chat template ends an assistant's turn: the first special token
+    after the answer of the rendered example. None if there is none."""
     if not tokenizer.chat_template:
         return None
     head, _ = render_template(tokenizer)
@@ -565,6 +574,7 @@ BOX = re.compile(rf"\\boxed\s*(\{{{BRACED}\}}|[^\s{{}}\\][^\n{{}}\\]*|)")  # {42
 LINE = re.compile(r"####[\s*]*([^\s*#A-Za-z].*)")  # what begins with a word is a heading
 # Print does not show fonts, nor braces but \{ and \}: \textbf{1{,}000} reads 1,000.
 FONT = r"boxed|[fm]box|emph|underline|boldsymbol|bm|bf|rm|displaystyle|(?:text|math)(?:[a-z]{2})?"
+# In this order: fonts, colours, braces, a line break before a brace, the narrow space \!.
 HIDDEN = re.compile(rf"\\({FONT})(?![a-z])|\\(text)?color\{{[a-z]+\}}|[{{}}](?<!\\.)|\\\\\}}|\\!")
 # A GAP may stand between sign, number and unit, but not inside the number: 5(6) is not 56.
 SYMBOL = r"""(?:\\|\\left|\\right)?[$¢£¥\u20a0-\u20bf%°()\[\]"'`“”‘’]|\*\*|<\|\w+\|>|</s>"""
@@ -592,7 +602,7 @@ def extract_answer(text):
     answer = ANSWER.fullmatch(content)
     balanced = all(content.count(a) == content.count(b) for a, b in ("()", "[]"))
     if answer is None or not balanced or (answer["unit"] and pattern is LINE):
-        return None
+        return None  # a unit behind #### may be a heading: #### 2 apples
     whole, _, fraction = re.sub("[^0-9.]", "", answer["number"]).partition(".")
     number = (whole.lstrip("0") or "0") + f".{fraction}".rstrip("0").rstrip(".")
     return "-" + number if answer["minus"] and number != "0" else number
@@ -612,6 +622,7 @@ def reward(completion, gold):
 #     import torch.nn.functional as F
 #     from gainrl import angle_concentration, mixed_precision, run_body   # section 3
 #     from gainrl import end_of_turn                                      # section 5
+#     torch.backends.cuda.enable_cudnn_sdp(False)                         # load_model says why
 LOGIT_CHUNK = 256  # tokens whose logits are in memory at once
 
 # G completions of each of P prompts, B = P G rows; those of a prompt stand next to each other.
@@ -653,9 +664,9 @@ def end_tokens(model, tokenizer):
 
 def choose_token(logits, temperature, generator):
     """The next token of each row, (B, 1): drawn by `generator`, or the likeliest without one."""
-    probabilities = (logits.float() / temperature).softmax(-1)
     if generator is None:
-        return probabilities.argmax(-1, keepdim=True)
+        return logits.argmax(-1, keepdim=True)
+    probabilities = (logits.float() / temperature).softmax(-1)
     return probabilities.multinomial(1, generator=generator)
 
 
@@ -760,9 +771,10 @@ def grpo_loss(logprobs, old_logprobs, advantages, mask, clip=0.2, reference_logp
         loss = mean over the mask of -min(r A, clamp(r, 1 - clip, 1 + clip) A) + kl k3
         r = exp(logprobs - old_logprobs),  k3 = exp(d) - d - 1,  d = reference_logprobs - logprobs
 
-    advantages: (B,), the rest (B, T); mask: bool or 0/1 of any dtype. What it leaves out,
-    even an infinity, changes neither loss nor gradient. k3 is never negative, and unbiased (the
-    "low-variance" estimator of the authors' scripts). stats: the floats kl and clip_fraction."""
+    advantages: (B,), the rest (B, completion length); mask: bool or 0/1 of any dtype. What it
+    leaves out, even an infinity, changes neither loss nor gradient. k3 is never negative, and
+    unbiased (the "low-variance" estimator of the authors' scripts). stats: two floats, kl (the mean
+    of k3, before it is weighted) and clip_fraction."""
     mask = mask.bool()
     # Masked before exp: the gradient of exp(inf) would be NaN even where a later mask drops it.
     log_ratio = torch.where(mask, logprobs - old_logprobs, 0.0)
@@ -839,7 +851,7 @@ def grpo_update(model, reference, optimizer, rollout, advantages, config):
                 f"loss {stats['loss']}, gradient norm {grad_norm}: --lr is too high"
             )
         optimizer.step()
-        optimizer.zero_grad()  # now, so that sampling has the memory of the gradients
+        optimizer.zero_grad()  # here, to free the gradients' memory before sampling
     stats["grad_norm"] = grad_norm
     return stats
 
@@ -868,14 +880,14 @@ def train(config):
             scores = score_prompts(model, prompts, config.score_batch, include_self)
         curriculum = make_curriculum(config, scores)
         step = run.load_checkpoint(model, optimizer, curriculum, generator)
-        run.begin(problems, scores, curriculum)
+        run.begin(problems, scores, curriculum)  # writes, now that all could be read
 
         with GracefulStop() as stop, tqdm(total=config.steps, initial=step, unit="step") as bar:
             while step < config.steps and not stop.signum:
                 if step % config.eval_every == 0 and not run.evaluated(step):
                     run.record_evaluation(step, evaluate(model, tokenizer, test_problems, config))
                 began = time.perf_counter()
-                mean = curriculum.mean
+                mu = curriculum.mean  # of this batch: update() moves it
                 # 1. Draw P questions from the Gaussian over the ranks.
                 batch = [problems[index] for index in curriculum.sample()]
                 prompts = [problem["prompt"] for problem in batch]
@@ -889,11 +901,11 @@ def train(config):
                 # 5. Move the Gaussian by how well the batch went and how concentrated it was.
                 curriculum.update(rewards.mean().item(), rollout.angle)
                 step += 1
-                run.record_step(step, began, mean, batch, rollout, rewards, stats)
+                run.record_step(step, began, mu, batch, rollout, rewards, stats)
                 if step % config.checkpoint_every == 0:
                     run.save_checkpoint(step, model, optimizer, curriculum, generator)
                 bar.update()
-                bar.set_postfix(accuracy=rewards.mean().item(), mean=mean)
+                bar.set_postfix(accuracy=rewards.mean().item(), mu=mu)
 
         if step:  # not with --steps 0, which only scores and ranks
             run.save_checkpoint(step, model, optimizer, curriculum, generator)
@@ -932,7 +944,7 @@ def evaluate(model, tokenizer, problems, config):
 
 
 def wilson_interval(successes, trials, z=1.96):
-    """The 95% Wilson interval of a share: sensible near 0 and 1, where the normal one is not."""
+    """The 95% Wilson interval of a share: sensible near 0 and 1, unlike the normal one."""
     share = successes / trials
     center = share + z**2 / (2 * trials)
     half_width = z * math.sqrt(share * (1 - share) / trials + z**2 / (4 * trials**2))
@@ -984,7 +996,7 @@ def context_limit(model):
     """The tokens that prompt and completion may have together.
 
     Rotary embeddings of the types longrope and dynamic turn all keys differently once a text is
-    longer than the switch. Cached keys would be wrong from there on: the switch is the limit."""
+    longer than original_max_position_embeddings; cached keys would be wrong from there on."""
     config = model.config.get_text_config()
     limits = [getattr(config, "max_position_embeddings", None) or math.inf]
     parameters = getattr(config, "rope_parameters", None) or {}
@@ -1036,8 +1048,12 @@ def load_problems(tokenizer, source, split, longest, template=None):
     """The rows of a split, each with question, answer, its index in the data set and its Prompt;
     without those whose prompt has more than `longest` tokens. ValueError for a bad row, by file and
     line."""
-    path = Path(source, f"{split}.jsonl")
-    rows = read_jsonl(path) if Path(source).is_dir() else load_hub_rows(source, split)
+    if Path(source).is_dir():
+        path = Path(source, f"{split}.jsonl")
+        rows = read_jsonl(path)
+    else:
+        path = f"{source}, split {split}"
+        rows = load_hub_rows(source, split)
     if not rows:
         raise ValueError(f"{path} is empty: it needs a line for each problem")
     for number, row in enumerate(rows, start=1):
@@ -1081,7 +1097,8 @@ def find_fault(row):
     return None
 
 
-# On --resume these may differ: they change memory or length, not what is computed.
+# On --resume these may differ: they change memory or length, not what is computed. (A device may
+# round differently, and its random numbers are its own.)
 MAY_CHANGE = ("steps", "micro_batch", "score_batch", "checkpoint_every")
 
 
@@ -1102,8 +1119,8 @@ class RunFolder:
         self.config = config
         self.path = Path(config.run_dir)
         self.lock = filelock.FileLock(self.path / ".lock")  # freed however the process ends
-        self.record = asdict(config)  # without where it is: a run may be moved
-        del self.record["run_dir"], self.record["resume"]
+        self.settings = asdict(config)  # without where it is: a run may be moved
+        del self.settings["run_dir"], self.settings["resume"]
         self.template = None
         self.metrics, self.samples = [], []
         self.saved_step = None  # of the checkpoint
@@ -1125,7 +1142,7 @@ class RunFolder:
         return self
 
     def claim(self):
-        """Remove what a killed process left half; refuse a directory that holds another run."""
+        """Remove what a kill left half-written; refuse a directory that holds another run."""
         for leftover in self.path.rglob("*.tmp"):
             remove(leftover)
         holds_a_run = any(entry.name != ".lock" for entry in self.path.iterdir())
@@ -1136,30 +1153,32 @@ class RunFolder:
             )
         if self.config.resume:
             recorded = read_record(self.path)
-            for name, value in self.record.items():
+            for name, value in self.settings.items():
                 if name not in MAY_CHANGE and recorded[name] != value:
                     raise ValueError(
                         f"{flag(name)} {value}: {self.path} was started with {recorded[name]}, "
                         "and a resumed run keeps it"
                     )
-            self.record = {**recorded, **self.record}
+            self.settings = {**recorded, **self.settings}
             self.template = recorded["template"]
 
     def __exit__(self, *exception):
         """Give the directory back, without a trace if nothing was written."""
+        # While it is still held: filelock notices if the file that it waited for is gone.
         Path(self.lock.lock_file).unlink(missing_ok=True)
         self.lock.release()
         if not any(self.path.iterdir()):
             self.path.rmdir()
 
     def check_data(self, problems, template):
-        """ValueError if a resumed run has other questions or answers than it was started with."""
+        """ValueError if a resumed run has other questions or answers than it was started with. Notes
+        their hash, and the rendered template, for config.json."""
         texts = [[problem["question"], problem["answer"]] for problem in problems]
         data_hash = hashlib.sha256(json.dumps(texts).encode()).hexdigest()
-        if self.record.get("data_sha256", data_hash) != data_hash:
+        if self.settings.get("data_sha256", data_hash) != data_hash:
             raise ValueError(f"{self.path} was started with other data: leave it as it was")
-        self.record["data_sha256"] = data_hash
-        self.record["template"] = template
+        self.settings["data_sha256"] = data_hash
+        self.settings["template"] = template
 
     def load_scores(self, n_questions):
         """The Scores of a resumed run; None if it was stopped before they were written."""
@@ -1178,11 +1197,12 @@ class RunFolder:
 
     def begin(self, problems, scores, curriculum):
         """Write settings and scores: from here on the run can be resumed."""
-        self.rank_length_correlation = spearman(curriculum.order.argsort(), scores.tokens)
-        write_json(self.path / "config.json", self.record)
+        rank_of_question = curriculum.order.argsort()  # the inverse of the order
+        self.rank_length_correlation = spearman(rank_of_question, scores.tokens)
+        write_json(self.path / "config.json", self.settings)
         rows = []
-        for row, problem in enumerate(problems):
-            values = {name: column[row].item() for name, column in scores._asdict().items()}
+        for place, problem in enumerate(problems):
+            values = {name: column[place].item() for name, column in scores._asdict().items()}
             rows.append({"index": problem["index"], **values})
         write_jsonl(self.path / "scores.jsonl", rows)
         print(
@@ -1231,7 +1251,7 @@ class RunFolder:
             torch.save(checkpoint, temporary)
         self.saved_step = step
 
-    def record_step(self, step, began, mean, batch, rollout, rewards, stats):
+    def record_step(self, step, began, mu, batch, rollout, rewards, stats):
         """Add a step to metrics.jsonl, and now and then a group of completions to samples.jsonl."""
         seconds = time.perf_counter() - began
         n_tokens = rollout.completion_mask.sum().item()
@@ -1240,7 +1260,7 @@ class RunFolder:
             "step": step,
             "accuracy": rewards.mean().item(),
             "angle": rollout.angle,
-            "mean": mean,  # of the Gaussian that this batch was drawn from
+            "mean": mu,  # of the Gaussian that this batch was drawn from
             **stats,
             "useful_groups": useful.float().mean().item(),
             "completion_length": n_tokens / len(rollout.texts),
@@ -1427,7 +1447,8 @@ CHAT_TEMPLATE = (
 
 def make_tiny_world(folder, distractors=5, warmup=700, effort=0.75, seed=0):
     """Write train.jsonl, test.jsonl and a warmed-up Qwen2 of 135,000 parameters to `folder`, if it
-    is not there. distractors: the most sentences about others; warmup: steps; effort: warm_up's."""
+    is not there. distractors: at most so many sentences about other people in a problem; warmup:
+    steps of the warm-up; effort: see warm_up."""
     folder = Path(folder)
     if folder.is_dir():
         return
@@ -1451,8 +1472,10 @@ def make_tiny_world(folder, distractors=5, warmup=700, effort=0.75, seed=0):
     write_jsonl(temporary / "test.jsonl", test_rows)
     try:
         temporary.rename(folder)
-    except OSError:  # another process has made the same world meanwhile
-        remove(temporary)
+    except OSError:
+        if not folder.is_dir():
+            raise
+        remove(temporary)  # another process has made the same world meanwhile
 
 
 def tiny_problem(rng, distractors=5):
@@ -1504,7 +1527,7 @@ def tiny_model(vocab_size):
         num_key_value_heads=2,
         max_position_embeddings=512,
         tie_word_embeddings=True,
-        eos_token_id=1,
+        eos_token_id=1,  # END, the second token of tiny_tokenizer
         initializer_range=0.1,
         rope_parameters={"rope_theta": 1000.0},
     )
@@ -1586,11 +1609,11 @@ def parse_config(argv=None):
 
 
 def default_preset(named):
-    """gsm8k where there is a GPU or something to train was named; tiny otherwise."""
+    """gsm8k where there is a GPU, or if a model or a data set was named; tiny otherwise."""
     if "model" in named or "dataset" in named or torch.cuda.is_available():
         return "gsm8k"
     try:
-        torch.cuda.init()
+        torch.cuda.init()  # to learn the reason: is_available() gives none
     except (RuntimeError, AssertionError) as error:  # an old driver, or torch without CUDA
         print(f"no GPU ({error}): --preset tiny")
     return "tiny"
@@ -1624,7 +1647,7 @@ def main(argv=None):
 def how_to_continue(run_dir):
     if run_dir and Path(run_dir, "config.json").exists():
         return f"continue with: python gainrl.py --resume {run_dir}"
-    return "nothing was computed yet: start again"
+    return "nothing was saved yet: start again"
 
 
 def report(message):

@@ -79,7 +79,7 @@ def random_model(vocab_size, seed=0, family="Qwen2", **settings):
     torch.manual_seed(seed)
     config_class = getattr(transformers, f"{family}Config")
     config = config_class(vocab_size=vocab_size, **{**RANDOM_MODEL, **settings})
-    return getattr(transformers, f"{family}ForCausalLM")(config).eval()
+    return transformers.AutoModelForCausalLM.from_config(config).eval()
 
 
 def bpe_tokenizer(template=gainrl.CHAT_TEMPLATE, splits=True, pad=gainrl.PAD, end=gainrl.END):
@@ -1566,6 +1566,52 @@ def test_hidden_states_that_are_not_finite_stop_the_sampling(tokenizer, prompts)
     model.model.norm.weight.data[3] = math.nan
     with pytest.raises(FloatingPointError, match="not finite"):
         gainrl.generate(model, tokenizer, prompts, tiny_config(max_new_tokens=2))
+
+
+FAMILIES = {  # settings beyond RANDOM_MODEL; GPT-2 and its kin take their arguments in another order
+    "Qwen2": {},
+    "Qwen3": {},
+    "Llama": {},
+    "Mistral": {},
+    "Gemma3Text": {"sliding_window": 8},
+    "Phi3": {},
+    "Olmo2": {},
+    "SmolLM3": {},
+    "StableLm": {},
+    "GptOss": {"num_local_experts": 4, "sliding_window": 8},
+    "GPT2": {},
+    "GPTNeoX": {},
+    "OPT": {"ffn_dim": 64, "word_embed_proj_dim": 32},
+    "Bloom": {},
+    "Starcoder2": {},
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_models_of_many_families_are_run_in_parts_as_in_one(family, tokenizer, prompts):
+    """The oracle is the model's own forward pass over each whole row, alone."""
+    model = random_model(len(tokenizer), family=family, **FAMILIES[family])
+    gainrl.check_model(model, prompts)
+    rollout = gainrl.generate(model, tokenizer, prompts[:3], tiny_config(max_new_tokens=5), 2)
+    length = rollout.completion_mask.shape[1]
+    logprobs = gainrl.completion_logprobs(
+        model, rollout.ids, rollout.attention_mask, length, 1.0, rows_per_prompt=2
+    )
+    for row in range(6):
+        alone = rollout.ids[row][rollout.attention_mask[row]]
+        n_tokens = rollout.completion_mask[row].sum()
+        table = model(input_ids=alone[None]).logits[0].log_softmax(-1)[-n_tokens - 1 : -1]
+        by_hand = table.gather(1, alone[-n_tokens:, None])[:, 0]
+        found = logprobs[row][rollout.completion_mask[row]]
+        torch.testing.assert_close(found, by_hand, rtol=0, atol=1e-4)
+        assert table.argmax(-1).equal(alone[-n_tokens:])  # the greedy completion
+    scores = gainrl.score_prompts(model, prompts)
+    for row, prompt in enumerate(prompts):
+        hidden = model.base_model(input_ids=torch.tensor([prompt.ids])).last_hidden_state
+        rank = torch.arange(len(prompt.ids))[None]
+        question = (rank >= prompt.start) & (rank < prompt.end)
+        intra, inter = gainrl.angle_concentration(hidden, rank < prompt.start, question)
+        assert scores.angle[row].item() == pytest.approx((intra + inter).item(), abs=1e-4)
 
 
 def test_models_are_never_called_by_position(stopping_model, tokenizer, prompts):
