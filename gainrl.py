@@ -130,7 +130,7 @@ class Config:
     curriculum_step: float | None = setting(
         None, "n, the unit of the Gaussian's move, in ranks; if not given, 0.067 N"
     )
-    target: float = setting(0.5, "beta, the accuracy that leaves the Gaussian in place")
+    target: float = setting(0.5, "beta, the accuracy whose part in the Gaussian's move is 0")
     alpha: float = setting(2.0, "weight of the accuracy in the Gaussian's move")
     gamma: float = setting(2.0, "weight of C in the Gaussian's move")
     seed: int = setting(0, "of the draws and the sampling")
@@ -210,9 +210,9 @@ def flag(name):
 # Where a norm precedes W it fixes |x_i|, so what a prompt itself brings to this sum is the angles
 # between its tokens. The paper measures them after the final norm, in one forward pass.
 
-# One prompt: ids[:start] is the prefix (system prompt and example), the same text for all questions,
-# though a token may hold its end and the question's begin; ids[start:end] is the question; ids[end:]
-# closes the user's turn.
+# One prompt: ids[:start] is the prefix (system prompt and example), ids[start:end] the question, and
+# ids[end:] closes the user's turn. The prefix is the same text for all questions, but a token that
+# holds its end and the question's beginning is of the question: so `start` may differ by one.
 Prompt = namedtuple("Prompt", "ids start end")
 Scores = namedtuple("Scores", "intra inter angle tokens")
 
@@ -345,13 +345,14 @@ def spearman(x, y):
 
 
 class GaussianCurriculum(torch.utils.data.Sampler):
-    """Batches of data-set indices from a Gaussian that moves down the order of the scores.
+    """Batches of indices into `scores`, from a Gaussian that moves down their order.
 
     scores: (N,); `.order` has the highest first, ties by index. step (the paper's n, the unit of
     its moves) and sigma are in ranks. None is 500/7473 and 1000/7473 of N, the constants of the
-    authors' code for GSM8K, by which mu reaches the last rank in some 25 batches; notes on the
-    paper have others (README, "The arms"). sigma = inf draws uniformly. target is the paper's beta.
-    Iterating yields batches without end: a `batch_sampler`.
+    authors' code for GSM8K. By them mu reaches the last rank in some 25 batches and stays there, at
+    the lowest C, for the rest of a run; README, "The arms", has other readings of the paper.
+    sigma = inf draws uniformly. target is the paper's beta. Iterating yields batches without end: a
+    `batch_sampler`.
     ValueError for N < batch_size, for a score that is not finite, and for a step or sigma that is
     not above 0."""
 
@@ -429,7 +430,7 @@ class GaussianCurriculum(torch.utils.data.Sampler):
 
 
 def make_curriculum(config, scores):
-    """The GaussianCurriculum of config.curriculum. The arms differ in what is sorted; `uniform` has
+    """The GaussianCurriculum of config.curriculum. Its values, the arms, differ in what is sorted; `uniform` has
     an infinitely wide Gaussian. `angle-unbiased` sorts as `angle` does: its scores were computed
     without the i = j pairs."""
     random_order = torch.randperm(
@@ -574,7 +575,7 @@ BOX = re.compile(rf"\\boxed\s*(\{{{BRACED}\}}|[^\s{{}}\\][^\n{{}}\\]*|)")  # {42
 LINE = re.compile(r"####[\s*]*([^\s*#A-Za-z].*)")  # what begins with a word is a heading
 # Print does not show fonts, nor braces but \{ and \}: \textbf{1{,}000} reads 1,000.
 FONT = r"boxed|[fm]box|emph|underline|boldsymbol|bm|bf|rm|displaystyle|(?:text|math)(?:[a-z]{2})?"
-# In this order: fonts, colours, braces, a line break before a brace, the narrow space \!.
+# Fonts; colours; braces, but not \{ and \}; in \\}, a line break, the brace after all; and \!.
 HIDDEN = re.compile(rf"\\({FONT})(?![a-z])|\\(text)?color\{{[a-z]+\}}|[{{}}](?<!\\.)|\\\\\}}|\\!")
 # A GAP may stand between sign, number and unit, but not inside the number: 5(6) is not 56.
 SYMBOL = r"""(?:\\|\\left|\\right)?[$¢£¥\u20a0-\u20bf%°()\[\]"'`“”‘’]|\*\*|<\|\w+\|>|</s>"""
@@ -1538,8 +1539,8 @@ def warm_up(model, tokenizer, problems, rng, steps, effort):
     """Teach the model both to solve problems and to guess: GRPO can then reinforce the better way.
 
     Supervised steps on worked solutions. In the last quarter all but a share effort**n of the
-    problems with n steps get a bare answer instead, the first number of the solution: so the model
-    guesses, and the longer the problem the more."""
+    problems with n steps get no solution but a guess: the number that the story starts with, which
+    is mostly wrong. So the model guesses, and the longer the problem the more often."""
     head, tail = render_template(tokenizer)
     prefix = tokenizer(head, return_tensors="pt")["input_ids"]
     matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
