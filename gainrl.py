@@ -430,9 +430,9 @@ class GaussianCurriculum(torch.utils.data.Sampler):
 
 
 def make_curriculum(config, scores):
-    """The GaussianCurriculum of config.curriculum. Its values, the arms, differ in what is sorted; `uniform` has
-    an infinitely wide Gaussian. `angle-unbiased` sorts as `angle` does: its scores were computed
-    without the i = j pairs."""
+    """The GaussianCurriculum of config.curriculum. Its values, the arms, differ in what is sorted;
+    `uniform` has an infinitely wide Gaussian. `angle-unbiased` sorts as `angle` does: its scores
+    were computed without the i = j pairs."""
     random_order = torch.randperm(
         len(scores.angle), generator=torch.Generator().manual_seed(config.seed)
     )
