@@ -130,7 +130,9 @@ class Config:
     curriculum_step: float | None = setting(
         None, "n, the unit of the Gaussian's move, in ranks; if not given, 0.067 N"
     )
-    target: float = setting(0.5, "beta, the accuracy whose part in the Gaussian's move is 0")
+    target: float = setting(
+        0.5, "beta: a higher accuracy moves the Gaussian faster, a lower slower"
+    )
     alpha: float = setting(2.0, "weight of the accuracy in the Gaussian's move")
     gamma: float = setting(2.0, "weight of C in the Gaussian's move")
     seed: int = setting(0, "of the draws and the sampling")
@@ -212,7 +214,7 @@ def flag(name):
 
 # One prompt: ids[:start] is the prefix (system prompt and example), ids[start:end] the question, and
 # ids[end:] closes the user's turn. The prefix is the same text for all questions, but a token that
-# holds its end and the question's beginning is of the question: so `start` may differ by one.
+# spans its end and the question's beginning counts as question: so `start` may differ by one.
 Prompt = namedtuple("Prompt", "ids start end")
 Scores = namedtuple("Scores", "intra inter angle tokens")
 
@@ -430,9 +432,9 @@ class GaussianCurriculum(torch.utils.data.Sampler):
 
 
 def make_curriculum(config, scores):
-    """The GaussianCurriculum of config.curriculum. Its values, the arms, differ in what is sorted;
-    `uniform` has an infinitely wide Gaussian. `angle-unbiased` sorts as `angle` does: its scores
-    were computed without the i = j pairs."""
+    """The GaussianCurriculum of a run. The values of --curriculum, the arms of a comparison, differ
+    in what is sorted. `uniform` has an infinitely wide Gaussian. `angle-unbiased` sorts as `angle`
+    does: its scores were computed without the i = j pairs."""
     random_order = torch.randperm(
         len(scores.angle), generator=torch.Generator().manual_seed(config.seed)
     )
@@ -575,7 +577,7 @@ BOX = re.compile(rf"\\boxed\s*(\{{{BRACED}\}}|[^\s{{}}\\][^\n{{}}\\]*|)")  # {42
 LINE = re.compile(r"####[\s*]*([^\s*#A-Za-z].*)")  # what begins with a word is a heading
 # Print does not show fonts, nor braces but \{ and \}: \textbf{1{,}000} reads 1,000.
 FONT = r"boxed|[fm]box|emph|underline|boldsymbol|bm|bf|rm|displaystyle|(?:text|math)(?:[a-z]{2})?"
-# Fonts; colours; braces, but not \{ and \}; in \\}, a line break, the brace after all; and \!.
+# Fonts; colours; braces, but not \{ and \}; \\}, which is a line break and a brace; and \!.
 HIDDEN = re.compile(rf"\\({FONT})(?![a-z])|\\(text)?color\{{[a-z]+\}}|[{{}}](?<!\\.)|\\\\\}}|\\!")
 # A GAP may stand between sign, number and unit, but not inside the number: 5(6) is not 56.
 SYMBOL = r"""(?:\\|\\left|\\right)?[$¢£¥\u20a0-\u20bf%°()\[\]"'`“”‘’]|\*\*|<\|\w+\|>|</s>"""
@@ -677,7 +679,7 @@ def generate(model, tokenizer, prompts, config, group_size=1, generator=None, in
     `generator`; or, without one, the greedy completion, with angle None: only training needs it.
 
     Each prompt runs once, and its keys and values are repeated. Of the model's generation_config
-    only the end tokens count: top_k, top_p or a penalty would make the log-probs of the group_size
+    only the end tokens count: top_k, top_p or a penalty would make the log-probs of the samples
     wrong. FloatingPointError if the hidden states are not finite."""
     padded = [tensor.to(model.device) for tensor in left_pad(prompts)]
     ids, attention_mask, prefix_mask, question_mask = padded
@@ -1538,9 +1540,9 @@ def tiny_model(vocab_size):
 def warm_up(model, tokenizer, problems, rng, steps, effort):
     """Teach the model both to solve problems and to guess: GRPO can then reinforce the better way.
 
-    Supervised steps on worked solutions. In the last quarter all but a share effort**n of the
-    problems with n steps get no solution but a guess: the number that the story starts with, which
-    is mostly wrong. So the model guesses, and the longer the problem the more often."""
+    Supervised steps on worked solutions. In the last quarter a problem with n steps keeps its
+    solution with probability effort**n. Otherwise it gets a guess, the number that the story starts
+    with, which is mostly wrong: so the model guesses more often where the problem is longer."""
     head, tail = render_template(tokenizer)
     prefix = tokenizer(head, return_tensors="pt")["input_ids"]
     matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
@@ -1559,7 +1561,8 @@ def warm_up(model, tokenizer, problems, rng, steps, effort):
                 solution, number = "", solution.split()[1]
             pairs.append((problem["question"] + tail, f"{solution}\\boxed{{{number}}}{END}"))
         batch = tokenizer(pairs, padding=True, return_token_type_ids=True, return_tensors="pt")
-        ids, is_completion = batch["input_ids"], batch["token_type_ids"] > 0
+        ids = batch["input_ids"]
+        is_completion = batch["token_type_ids"] == 1  # the second text of a pair; padding has 0
         _, cache = run_body(model, prefix)  # once for all: they begin alike
         cache.batch_repeat_interleave(len(pairs))
         hidden, _ = run_body(model, ids, cache=cache)
