@@ -130,9 +130,7 @@ class Config:
     curriculum_step: float | None = setting(
         None, "n, the unit of the Gaussian's move, in ranks; if not given, 0.067 N"
     )
-    target: float = setting(
-        0.5, "beta: a higher accuracy moves the Gaussian faster, a lower slower"
-    )
+    target: float = setting(0.5, "beta: more accuracy moves the Gaussian faster, less slower")
     alpha: float = setting(2.0, "weight of the accuracy in the Gaussian's move")
     gamma: float = setting(2.0, "weight of C in the Gaussian's move")
     seed: int = setting(0, "of the draws and the sampling")
