@@ -78,6 +78,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from tqdm import tqdm
+from transformers.cache_utils import DynamicLayer
 
 # --- 2. Config ------------------------------------------------------------------------------------
 TINY_WORLD = "runs/tiny-world"
@@ -130,7 +131,7 @@ class Config:
     curriculum_step: float | None = setting(
         None, "n, the unit of the Gaussian's move, in ranks; if not given, 0.067 N"
     )
-    target: float = setting(0.5, "beta: more accuracy moves the Gaussian faster, less slower")
+    target: float = setting(0.5, "beta: accuracy above it speeds the Gaussian up, below it down")
     alpha: float = setting(2.0, "weight of the accuracy in the Gaussian's move")
     gamma: float = setting(2.0, "weight of C in the Gaussian's move")
     seed: int = setting(0, "of the draws and the sampling")
@@ -575,7 +576,8 @@ BOX = re.compile(rf"\\boxed\s*(\{{{BRACED}\}}|[^\s{{}}\\][^\n{{}}\\]*|)")  # {42
 LINE = re.compile(r"####[\s*]*([^\s*#A-Za-z].*)")  # what begins with a word is a heading
 # Print does not show fonts, nor braces but \{ and \}: \textbf{1{,}000} reads 1,000.
 FONT = r"boxed|[fm]box|emph|underline|boldsymbol|bm|bf|rm|displaystyle|(?:text|math)(?:[a-z]{2})?"
-# Fonts; colours; braces, but not \{ and \}; \\}, which is a line break and a brace; and \!.
+# Fonts; colours; a brace (if what ends with it is not \{ or \}); \\}, which is a line break and a
+# brace; and \!.
 HIDDEN = re.compile(rf"\\({FONT})(?![a-z])|\\(text)?color\{{[a-z]+\}}|[{{}}](?<!\\.)|\\\\\}}|\\!")
 # A GAP may stand between sign, number and unit, but not inside the number: 5(6) is not 56.
 SYMBOL = r"""(?:\\|\\left|\\right)?[$¢£¥\u20a0-\u20bf%°()\[\]"'`“”‘’]|\*\*|<\|\w+\|>|</s>"""
@@ -590,7 +592,7 @@ COUNT = "(?:two|three|four|fort|fi[fv]|six|seven|eigh|nin|tenth|elev|twe[ln]|thi
 SCALE = "(?:hundred|thou|[a-z]*illion|dozen|lakh|crore|repeat|hal[fv]|quarter)[a-z]*|[mb]ln|grand"
 OTHER = "one|ten|mil|score|gross|and|plus|minus|negative|over|below|point|squared|cubed|factorial"
 SHORT = "cm|mm|km|kg|mg|m[lL]|ft|in|yd|mi|lb|oz|hr|[aApP][mM]|sq|of|(?<![0-9])[mghsLCF]"
-UNIT = rf"/?(?![\W\d]|(?i:{COUNT}|{SCALE}|{OTHER})\b)(?:[A-Za-z]{{3,}}|{SHORT})(?![A-Za-z])\.?"
+UNIT = rf"/?(?!(?i:{COUNT}|{SCALE}|{OTHER})\b)(?:[A-Za-z]{{3,}}|{SHORT})(?![A-Za-z])\.?"
 ANSWER = re.compile(rf"{GAP}{SIGNED}{GAP}(?P<unit>(?:{UNIT}{GAP}){{0,12}})(?:[.,;:]{GAP})?")
 
 
@@ -617,14 +619,17 @@ def reward(completion, gold):
 
 # --- 6. GRPO: completions, log-probabilities, advantages, loss ------------------------------------
 # To copy this section, take along:
+#     import inspect
 #     import math
 #     from collections import namedtuple
 #     import torch
 #     import torch.nn.functional as F
+#     from transformers.cache_utils import DynamicLayer
 #     from gainrl import angle_concentration, mixed_precision, run_body   # section 3
 #     from gainrl import end_of_turn                                      # section 5
 #     torch.backends.cuda.enable_cudnn_sdp(False)                         # load_model says why
-LOGIT_CHUNK = 256  # tokens whose logits are in memory at once
+LOGIT_CHUNK = 512  # tokens whose logits are in memory at once
+LOOK_EVERY = 16  # steps between two looks at whether all completions have ended
 
 # G completions of each of P prompts, B = P G rows; those of a prompt stand next to each other.
 #     ids, attention_mask    (B, T): the padded prompts, and then the completions
@@ -663,12 +668,18 @@ def end_tokens(model, tokenizer):
     return torch.tensor(sorted(ends), device=model.device)
 
 
-def choose_token(logits, temperature, generator):
-    """The next token of each row, (B, 1): drawn by `generator`, or the likeliest without one."""
+def choose_token(logits, temperature, generator, rows, n_rows):
+    """The next token of each row, (B, 1): the likeliest, or a draw if there is a generator.
+
+    The draw is argmax of p / Exponential(1): torch.multinomial draws so too, but first checks p, and
+    the host would wait for the GPU's answer. The exponentials are drawn for all n_rows rows of the
+    batch, and those of `rows` are used: so leaving rows out changes no other draw."""
     if generator is None:
         return logits.argmax(-1, keepdim=True)
     probabilities = (logits.float() / temperature).softmax(-1)
-    return probabilities.multinomial(1, generator=generator)
+    exponentials = torch.empty(n_rows, logits.shape[-1], device=logits.device)
+    exponentials.exponential_(generator=generator)
+    return (probabilities / exponentials[rows]).argmax(-1, keepdim=True)
 
 
 @torch.no_grad()
@@ -683,8 +694,6 @@ def generate(model, tokenizer, prompts, config, group_size=1, generator=None, in
     ids, attention_mask, prefix_mask, question_mask = padded
     prompt_length = ids.shape[1]
     position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)  # padding does not count
-    lm_head = model.get_output_embeddings()
-    ends = end_tokens(model, tokenizer)
     angle = None
     with mixed_precision(model.device):
         hidden, cache = run_body(model, ids, attention_mask, position_ids)
@@ -695,38 +704,162 @@ def generate(model, tokenizer, prompts, config, group_size=1, generator=None, in
             angle = (intra + inter).mean().item()
 
         cache.batch_repeat_interleave(group_size)
-        ids = ids.repeat_interleave(group_size, dim=0)
+        hidden = hidden[:, -1].repeat_interleave(group_size, dim=0)
+        # With room for the completions, which the loops below write in place.
+        ids = F.pad(ids, (0, config.max_new_tokens)).repeat_interleave(group_size, dim=0)
+        attention_mask = F.pad(attention_mask, (0, config.max_new_tokens))
         attention_mask = attention_mask.repeat_interleave(group_size, dim=0)
-        hidden = hidden[:, -1:].repeat_interleave(group_size, dim=0)
-        alive = torch.ones_like(attention_mask[:, :1])  # rows that have not ended
-        for _ in range(config.max_new_tokens):
-            token = choose_token(lm_head(hidden[:, -1]), config.temperature, generator)
-            ids = torch.cat([ids, token], dim=1)
-            attention_mask = torch.cat([attention_mask, alive], dim=1)
-            alive = alive & ~torch.isin(token, ends)
-            if not alive.any():
-                break
-            position_ids = attention_mask.sum(1, keepdim=True) - 1
-            hidden, cache = run_body(model, token, attention_mask, position_ids, cache)
+        on_gpu = model.device.type == "cuda"
+        decode = decode_in_place if on_gpu and fits_in_place(model, cache) else decode_growing
+        ends = end_tokens(model, tokenizer)
+        decode(model, cache, hidden, ids, attention_mask, ends, config, generator)
 
+    used = attention_mask.any(0)  # columns; all of them, if a completion has max_new_tokens
+    ids, attention_mask = ids[:, used], attention_mask[:, used]
     completion_ids, completion_mask = ids[:, prompt_length:], attention_mask[:, prompt_length:]
     completions = [row[mask].tolist() for row, mask in zip(completion_ids, completion_mask)]
     texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
     return Rollout(ids, attention_mask, completion_mask, texts, angle)
 
 
+def decode_growing(model, cache, hidden, ids, attention_mask, ends, config, generator):
+    """Complete the rows: write up to max_new_tokens tokens to the last columns of ids, and where
+    they are to attention_mask, both (B, T). hidden: (B, D), the prompts' last states.
+
+    The cache grows by a token a step. Where rows have ended, they leave the batch once they are
+    half of it."""
+    lm_head = model.get_output_embeddings()
+    n_rows, length = ids.shape
+    rows = torch.arange(n_rows, device=ids.device)  # those still in the batch
+    alive = torch.ones_like(rows, dtype=torch.bool)  # those of them that have not ended
+    for column in range(length - config.max_new_tokens, length):
+        token = choose_token(lm_head(hidden), config.temperature, generator, rows, n_rows)
+        ids[rows, column] = token.squeeze(1)
+        attention_mask[rows, column] = alive
+        alive = alive & (token != ends).all(1)
+        n_alive = alive.sum()
+        if n_alive == 0 or column == length - 1:
+            break
+        if n_alive <= len(rows) / 2:
+            kept = alive.nonzero().squeeze(1)
+            cache.batch_select_indices(kept)
+            rows, alive, token = rows[kept], alive[kept], token[kept]
+        seen = attention_mask[rows, : column + 1]
+        position_ids = seen.sum(1, keepdim=True) - 1
+        hidden, cache = run_body(model, token, seen, position_ids, cache)
+        hidden = hidden[:, -1]
+
+
+def fits_in_place(model, cache):
+    """Whether decode_in_place can run the model: it takes positions rather than count them, its
+    forward pass never waits for its own results, and its cache keeps all tokens."""
+    takes_positions = "position_ids" in inspect.signature(model.base_model.forward).parameters
+    never_waits = model._can_compile_fullgraph  # as transformers says
+    # Layers with a sliding window, and those without attention, are of other types.
+    keeps_all = all(type(layer) is DynamicLayer for layer in cache.layers)
+    return takes_positions and never_waits and keeps_all
+
+
+class InPlaceLayer(DynamicLayer):
+    """A layer of a cache with room for `room` tokens more: the keys and values of a new one are
+    written to `column`, a tensor (1,), which all layers share."""
+
+    def __init__(self, layer, room, column):
+        super().__init__()
+        # With autocast, the rotary embedding makes keys float32, and each product would round them
+        # again to the dtype of the values. They are rounded once, here.
+        self.keys = F.pad(layer.keys.to(layer.values.dtype), (0, 0, 0, room))
+        self.values = F.pad(layer.values, (0, 0, 0, room))
+        self.column = column
+        self.is_initialized = True
+
+    def update(self, keys, values, *args, **kwargs):
+        self.keys.index_copy_(2, self.column, keys.to(self.keys.dtype))
+        self.values.index_copy_(2, self.column, values.to(self.values.dtype))
+        return self.keys, self.values
+
+
+def make_room(cache, attention_mask, room):
+    """Give a cache of the tokens in attention_mask, (B, T), room for `room` tokens more.
+
+    Returns two tensors, to be changed in place before each token: `column` (1,), where its keys and
+    values go; and `bias` (B, 1, 1, T + room), which attention adds to its q k: 0 for what it sees,
+    the least number for padding and for columns that are still empty."""
+    column = torch.tensor([attention_mask.shape[1]], device=attention_mask.device)
+    cache.layers = [InPlaceLayer(layer, room, column) for layer in cache.layers]
+    dtype = cache.layers[0].values.dtype
+    least = torch.finfo(dtype).min
+    bias = torch.zeros(attention_mask.shape, dtype=dtype, device=attention_mask.device)
+    bias = F.pad(bias.masked_fill(~attention_mask, least), (0, room), value=least)
+    return column, bias[:, None, None]  # a mask of four dimensions goes to attention as it is
+
+
+def decode_in_place(model, cache, hidden, ids, attention_mask, ends, config, generator):
+    """What decode_growing does, by steps that a GPU can replay as one graph.
+
+    Launching the thousand kernels of a step takes the host longer than the GPU needs to run them.
+    A CUDA graph is a recording of a step, launched at once; but it repeats the very same kernels
+    on the very same memory. So nothing here changes its shape or place, what changes from step to
+    step is in tensors, and the host looks at none of them but every LOOK_EVERY steps."""
+    lm_head = model.get_output_embeddings()
+    n_rows, length = ids.shape
+    room = config.max_new_tokens + -length % 16  # attention kernels want aligned rows
+    column, bias = make_room(cache, attention_mask[:, : length - config.max_new_tokens], room)
+    position_ids = attention_mask.sum(1, keepdim=True) - 1
+    token = torch.empty_like(position_ids)
+    alive = torch.ones_like(token, dtype=torch.bool)
+
+    def write_token(hidden):
+        logits = lm_head(hidden)
+        token.copy_(choose_token(logits, config.temperature, generator, slice(None), n_rows))
+        ids.index_copy_(1, column, token)
+        attention_mask.index_copy_(1, column, alive)
+        alive.logical_and_((token != ends).all(1, keepdim=True))
+
+    def step():
+        bias.index_fill_(3, column, 0.0)
+        position_ids.add_(1)
+        hidden, _ = run_body(model, token, bias, position_ids, cache)
+        column.add_(1)
+        write_token(hidden[:, -1])
+
+    write_token(hidden)
+    for n_tokens in range(1, config.max_new_tokens):
+        if n_tokens % LOOK_EVERY == 0 and not alive.any():
+            break
+        if n_tokens == 2 and ids.is_cuda:  # step 1 ran as it is, for what is set up only once
+            step = record(step, generator)
+        step()
+
+
+def record(step, generator):
+    """A function that does what step() does, by replaying a CUDA graph of it."""
+    graph = torch.cuda.CUDAGraph()
+    if generator is not None:
+        graph.register_generator_state(generator)
+    with torch.cuda.graph(graph):
+        step()  # recorded, not run
+    return graph.replay
+
+
 def completion_logprobs(
-    model, ids, attention_mask, completion_length, temperature, rows_per_prompt=1
+    model, ids, attention_mask, completion_length, temperature, prompt_index=None
 ):
     """log pi of the last `completion_length` tokens of each row under the temperature that sampled
-    them: float32 (B, completion_length).
+    them: float32 (B, completion_length), with 0 where attention_mask is 0.
 
-    ids, attention_mask: (B, T). Each `rows_per_prompt` rows in line share a prompt, whose keys and
-    values are computed once, with their gradient. The logits of LOGIT_CHUNK tokens are made at a
-    time, and once more in the backward pass: all of them, (B, T, vocabulary), take gigabytes."""
+    ids, attention_mask: (B, T). prompt_index: (B,), the same number for neighbours with the same
+    prompt, whose keys and values are computed once, with their gradient; None if no rows share one.
+    The logits of LOGIT_CHUNK tokens are made at a time, and once more in the backward pass: all of
+    them, (B, T, vocabulary), take gigabytes."""
     lm_head = model.get_output_embeddings()
     position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)
     prompt_length = ids.shape[1] - completion_length
+    completion_mask = attention_mask[:, prompt_length:].bool()
+    if prompt_index is None:
+        prompt_index = torch.arange(len(ids), device=ids.device)
+    _, n_sharing = prompt_index.unique_consecutive(return_counts=True)
+    prompt_rows = n_sharing.cumsum(0) - n_sharing  # the first row of each prompt
 
     def token_logprobs(hidden, targets):
         logits = lm_head(hidden).float() / temperature
@@ -735,24 +868,26 @@ def completion_logprobs(
     with mixed_precision(model.device):
         prompt_hidden, cache = run_body(
             model,
-            ids[::rows_per_prompt, :prompt_length],
-            attention_mask[::rows_per_prompt, :prompt_length],
-            position_ids[::rows_per_prompt, :prompt_length],
+            ids[prompt_rows, :prompt_length],
+            attention_mask[prompt_rows, :prompt_length],
+            position_ids[prompt_rows, :prompt_length],
         )
-        cache.batch_repeat_interleave(rows_per_prompt)
+        cache.batch_repeat_interleave(n_sharing)  # a number for each prompt
         completion_hidden, _ = run_body(
             model, ids[:, prompt_length:], attention_mask, position_ids[:, prompt_length:], cache
         )
         # A token is predicted by the state before it: the first one by the prompt's last state.
-        last_of_prompt = prompt_hidden[:, -1:].repeat_interleave(rows_per_prompt, dim=0)
+        last_of_prompt = prompt_hidden[:, -1:].repeat_interleave(n_sharing, dim=0)
         hidden = torch.cat([last_of_prompt, completion_hidden[:, :-1]], dim=1)
-        hidden_chunks = hidden.flatten(0, 1).split(LOGIT_CHUNK)
-        target_chunks = ids[:, prompt_length:].flatten().split(LOGIT_CHUNK)
-        logprobs = [
+        hidden_chunks = hidden[completion_mask].split(LOGIT_CHUNK)
+        target_chunks = ids[:, prompt_length:][completion_mask].split(LOGIT_CHUNK)
+        chunks = [
             torch.utils.checkpoint.checkpoint(token_logprobs, *chunk, use_reentrant=False)
             for chunk in zip(hidden_chunks, target_chunks)
         ]
-    return torch.cat(logprobs).view(len(ids), completion_length)
+    logprobs = torch.zeros(completion_mask.shape, device=ids.device)
+    logprobs[completion_mask] = torch.cat(chunks)
+    return logprobs
 
 
 def group_advantages(rewards):
@@ -797,51 +932,62 @@ def grpo_loss(logprobs, old_logprobs, advantages, mask, clip=0.2, reference_logp
     return loss, stats
 
 
-def rollout_logprobs(model, rollout, rows, config):
-    """completion_logprobs of some rows of a Rollout, a slice."""
-    # A micro-batch may cut a group in two. What surely share a prompt are runs of gcd rows: 2, for
-    # micro-batches of 4 and groups of 6.
-    rows_per_prompt = math.gcd(config.micro_batch, config.completions_per_prompt)
-    return completion_logprobs(
-        model,
-        rollout.ids[rows],
-        rollout.attention_mask[rows],
-        rollout.completion_mask.shape[1],
-        config.temperature,
-        rows_per_prompt,
-    )
+def trim(rollout, rows):
+    """ids, attention_mask and completion_mask of some rows of a Rollout, without the columns that
+    are padding in all of these rows."""
+    attention_mask = rollout.attention_mask[rows]
+    used = attention_mask.any(0)
+    prompt_length = rollout.ids.shape[1] - rollout.completion_mask.shape[1]
+    completion_mask = rollout.completion_mask[rows][:, used[prompt_length:]]
+    return rollout.ids[rows][:, used], attention_mask[:, used], completion_mask
 
 
 def grpo_update(model, reference, optimizer, rollout, advantages, config):
     """config.updates gradient steps on a Rollout; the loss, grad_norm, kl and clip_fraction of the
     last one. advantages: (P, G). reference may be None if config.kl is 0.
 
-    Micro-batches, weighted by their tokens, add up to the gradient of the whole batch.
+    Micro-batches, weighted by their tokens, add up to the gradient of the whole batch. Without kl,
+    completions whose advantage is 0 have no gradient, and are left out of the work.
     FloatingPointError, before its step is taken, for a loss or gradient that is not finite."""
-    mask = rollout.completion_mask
-    advantages = advantages.flatten().to(mask.device)
-    old_logprobs = {}  # of the policy that sampled, by the first row of the micro-batch
-    for _ in range(config.updates):
+    n_tokens = rollout.completion_mask.sum().item()
+    group_size = advantages.shape[1]
+    advantages = advantages.flatten().to(rollout.ids.device)
+    rows = torch.arange(len(advantages), device=rollout.ids.device)
+    if not config.kl:
+        rows = rows[advantages != 0]
+    micro_batches = [part for part in rows.split(config.micro_batch) if len(part)]
+    old_logprobs = []  # of each micro-batch, under the policy that sampled
+    for update in range(config.updates):
         stats = {"loss": 0.0, "kl": 0.0, "clip_fraction": 0.0}
-        for first in range(0, len(mask), config.micro_batch):
-            rows = slice(first, first + config.micro_batch)
-            logprobs = rollout_logprobs(model, rollout, rows, config)
+        # Not None, which AdamW passes over: a batch without advantages still moves by its momentum.
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        for number, rows in enumerate(micro_batches):
+            ids, attention_mask, completion_mask = trim(rollout, rows)
+            inputs = (
+                ids,
+                attention_mask,
+                completion_mask.shape[1],
+                config.temperature,
+                rows // group_size,
+            )
+            logprobs = completion_logprobs(model, *inputs)
             reference_logprobs = None
             if config.kl:
                 with torch.no_grad():
-                    reference_logprobs = rollout_logprobs(reference, rollout, rows, config)
-            if first not in old_logprobs:  # in the first update the weights are those that sampled
-                old_logprobs[first] = logprobs.detach()
+                    reference_logprobs = completion_logprobs(reference, *inputs)
+            if update == 0:  # the weights are still those that sampled
+                old_logprobs.append(logprobs.detach())
             loss, loss_stats = grpo_loss(
                 logprobs,
-                old_logprobs[first],
+                old_logprobs[number],
                 advantages[rows],
-                mask[rows],
+                completion_mask,
                 config.clip,
                 reference_logprobs,
                 config.kl,
             )
-            share = (mask[rows].sum() / mask.sum()).item()
+            share = completion_mask.sum().item() / n_tokens
             (loss * share).backward()
             stats["loss"] += share * loss.item()
             stats["kl"] += share * loss_stats["kl"]
@@ -1028,8 +1174,8 @@ def check_model(model, prompts):
 def logits_difference(model, prompt):
     """The largest difference between two ways to the logits of a question, as a share of the
     largest logit: the model's own forward pass; and what this file does, lm_head of the body's last
-    hidden states, with padding on the left, the prefix cached, its cache repeated and the question
-    run on top. In float32, even on a GPU."""
+    hidden states, with padding on the left, the prefix cached, its cache repeated, the question run
+    on top, and its last token written in place. In float32, even on a GPU."""
     n_samples, n_padding = 2, 3
     ids = torch.tensor([prompt.ids], device=model.device)
     own = model(input_ids=ids).logits[:, prompt.start :].float()
@@ -1040,7 +1186,13 @@ def logits_difference(model, prompt):
     split = n_padding + prompt.start
     _, cache = run_body(model, padded_ids[:1, :split], mask[:1, :split], position_ids[:1, :split])
     cache.batch_repeat_interleave(n_samples)
-    hidden, _ = run_body(model, padded_ids[:, split:], mask, position_ids[:, split:], cache)
+    hidden, cache = run_body(model, padded_ids[:, split:], mask, position_ids[:, split:], cache)
+    if fits_in_place(model, cache):  # the last token once more, as decode_in_place has it
+        cache.crop(-1)
+        column, bias = make_room(cache, mask[:, :-1], room=1)
+        bias.index_fill_(3, column, 0.0)
+        last_hidden, _ = run_body(model, padded_ids[:, -1:], bias, position_ids[:, -1:], cache)
+        hidden = torch.cat([hidden[:, :-1], last_hidden], dim=1)
     ours = model.get_output_embeddings()(hidden).float()
     return ((ours - own).abs().max() / own.abs().max()).item()
 
@@ -1160,12 +1312,13 @@ class RunFolder:
                         f"{flag(name)} {value}: {self.path} was started with {recorded[name]}, "
                         "and a resumed run keeps it"
                     )
-            self.settings = {**recorded, **self.settings}
+            self.settings = {**recorded, **self.settings}  # with the hash of the data
             self.template = recorded["template"]
 
     def __exit__(self, *exception):
         """Give the directory back, without a trace if nothing was written."""
-        # While it is still held: filelock notices if the file that it waited for is gone.
+        # Deleted before it is released: whoever then gets the lock sees that its file is gone, and
+        # makes a new one.
         Path(self.lock.lock_file).unlink(missing_ok=True)
         self.lock.release()
         if not any(self.path.iterdir()):
@@ -1502,8 +1655,9 @@ def tiny_problem(rng, distractors=5):
 
 def tiny_tokenizer(problems):
     """A tokenizer with one token for each word, number and sign of the problems and the prompt."""
-    tokens = tokenizers.Regex(r"\\boxed\{|[0-9]+|\w+|[^\w\s]")  # spaces are no tokens
+    tokens = tokenizers.Regex(r"\\boxed\{|[0-9]+|\w+|[^\w\s]")
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel(unk_token=PAD))
+    # What lies between the tokens, the spaces, is removed.
     words.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokens, "removed", invert=True)
     texts = [f"{problem['question']} {problem['answer']}" for problem in problems]
     texts += [f"{message['role']} {message['content']}" for message in build_messages(".")]

@@ -1279,9 +1279,9 @@ def padded_rows(vocab_size, extra_padding=0):
     return ids, attention_mask, rows
 
 
-def logprobs_and_gradients(model, ids, attention_mask, samples=1):
+def logprobs_and_gradients(model, ids, attention_mask, prompt_index=None):
     """Under temperature 0.8; the gradients are of a sum with weights that tell tokens apart."""
-    logprobs = gainrl.completion_logprobs(model, ids, attention_mask, COMPLETION, 0.8, samples)
+    logprobs = gainrl.completion_logprobs(model, ids, attention_mask, COMPLETION, 0.8, prompt_index)
     weights = torch.linspace(-1, 1, logprobs.numel()).view_as(logprobs)
     gradients = torch.autograd.grad((logprobs * weights).sum(), list(model.parameters()))
     return [logprobs.detach(), *gradients]
@@ -1297,6 +1297,17 @@ def test_logprobs_are_the_log_softmax_of_all_logits_of_the_row_alone(model, temp
         table = (logits / temperature).log_softmax(-1)
         by_hand = [table[t - 1, row[t]] for t in range(len(row) - COMPLETION, len(row))]
         torch.testing.assert_close(found[k], torch.stack(by_hand), rtol=0, atol=1e-5)
+
+
+def test_what_is_masked_has_no_logprob(model):
+    """Its logits are not even computed."""
+    ids, attention_mask, _ = padded_rows(model.config.vocab_size)
+    whole = gainrl.completion_logprobs(model, ids, attention_mask, COMPLETION, temperature=1.0)
+    attention_mask[1, -3:] = False
+    found = gainrl.completion_logprobs(model, ids, attention_mask, COMPLETION, temperature=1.0)
+    assert found[1, -3:].tolist() == [0, 0, 0]
+    torch.testing.assert_close(found[1, :-3], whole[1, :-3], rtol=0, atol=1e-5)
+    torch.testing.assert_close(found[0], whole[0], rtol=0, atol=1e-5)
 
 
 def test_more_padding_changes_no_logprob(model):
@@ -1336,7 +1347,7 @@ def test_a_shared_prompt_changes_neither_logprobs_nor_gradients(model):
     ids, attention_mask = ids.repeat_interleave(3, 0), attention_mask.repeat_interleave(3, 0)
     ids[:, -COMPLETION:] = torch.arange(30).view(6, COMPLETION)  # three completions of each prompt
     alone = logprobs_and_gradients(model, ids, attention_mask)
-    shared = logprobs_and_gradients(model, ids, attention_mask, samples=3)
+    shared = logprobs_and_gradients(model, ids, attention_mask, torch.arange(6) // 3)
     for a, b in zip(alone, shared):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
 
@@ -1457,6 +1468,138 @@ def test_samples_stand_beside_their_prompt_and_are_worth_their_logprobs(
     torch.testing.assert_close(found, by_hand, rtol=0, atol=1e-5)
 
 
+def plain_loop(model, prompts, config, group_size, generator):
+    """Each row as a list of ids: without a cache, a mask or a batch, nothing left out."""
+    rows = [list(prompt.ids) for prompt in prompts for _ in range(group_size)]
+    alive = [True] * len(rows)
+    for _ in range(config.max_new_tokens):
+        logits = [model(input_ids=torch.tensor([row])).logits[0, -1] for row in rows]
+        logits = torch.stack(logits)
+        if generator is None:
+            tokens = logits.argmax(-1)
+        else:
+            probabilities = (logits / config.temperature).softmax(-1)
+            tokens = probabilities.multinomial(1, generator=generator).squeeze(1)
+        for k, token in enumerate(tokens.tolist()):
+            if alive[k]:
+                rows[k].append(token)
+                alive[k] = token not in END_TOKENS
+        if not any(alive):
+            break
+    return rows
+
+
+def choose_decode(monkeypatch, name):
+    """Let generate complete by gainrl.<name>, as it does on a GPU or on a CPU."""
+    monkeypatch.setattr(gainrl, "decode_growing", getattr(gainrl, name))
+
+
+DECODES = ["decode_growing", "decode_in_place"]
+
+
+@pytest.mark.parametrize("decode", DECODES)
+@pytest.mark.parametrize("group_size, seed", [(1, None), (1, 3), (8, 4)])
+@torch.no_grad()
+def test_both_ways_to_decode_are_the_plain_loop(
+    decode, group_size, seed, stopping_model, tokenizer, prompts, monkeypatch
+):
+    choose_decode(monkeypatch, decode)
+    config = tiny_config(max_new_tokens=14, temperature=0.9)
+    generators = [None, None] if seed is None else [seeded(seed), seeded(seed)]
+    inputs = (stopping_model, prompts[:3], config, group_size)
+    expected = plain_loop(*inputs, generators[0])
+    rollout = gainrl.generate(
+        stopping_model, tokenizer, prompts[:3], config, group_size, generators[1]
+    )
+    found = [ids[mask].tolist() for ids, mask in zip(rollout.ids, rollout.attention_mask)]
+    assert found == expected
+    lengths = rollout.completion_mask.sum(1)
+    assert lengths.min() < lengths.max() == rollout.completion_mask.shape[1]  # some ended early
+    longest = max(len(prompt.ids) for prompt in prompts[:3])
+    assert torch.equal(rollout.attention_mask[:, longest:], rollout.completion_mask)
+    if seed is not None and lengths.max() == 14:
+        assert torch.equal(generators[0].get_state(), generators[1].get_state())
+
+
+@pytest.mark.parametrize("decode", DECODES)
+def test_a_batch_that_has_ended_is_decoded_no_further(
+    decode, stopping_model, tokenizer, prompts, monkeypatch
+):
+    choose_decode(monkeypatch, decode)
+    monkeypatch.setattr(gainrl, "end_tokens", lambda model, tokenizer: torch.arange(len(tokenizer)))
+    shapes, run_body = [], gainrl.run_body
+
+    def note_shape(model, ids, *others):
+        shapes.append(ids.shape)
+        return run_body(model, ids, *others)
+
+    monkeypatch.setattr(gainrl, "run_body", note_shape)
+    config = tiny_config(max_new_tokens=60)
+    rollout = gainrl.generate(stopping_model, tokenizer, prompts, config, 2, seeded())
+    assert rollout.completion_mask.shape == (2 * len(prompts), 1)
+    assert rollout.completion_mask.all()
+    at_most = {"decode_growing": 1, "decode_in_place": gainrl.LOOK_EVERY}  # passes
+    assert len(shapes) <= at_most[decode]
+
+
+def test_rows_that_ended_leave_a_growing_batch(stopping_model, tokenizer, prompts, monkeypatch):
+    sizes, run_body = [], gainrl.run_body
+
+    def note_size(model, ids, *others):
+        sizes.append(len(ids))
+        return run_body(model, ids, *others)
+
+    monkeypatch.setattr(gainrl, "run_body", note_size)
+    config = tiny_config(max_new_tokens=40)
+    rollout = gainrl.generate(stopping_model, tokenizer, prompts[:3], config, 8, seeded())
+    lengths = rollout.completion_mask.sum(1)
+    in_batch = 24
+    for n_tokens, size in enumerate(sizes[1:], start=1):
+        n_alive = (lengths > n_tokens).sum().item()
+        if n_alive <= in_batch / 2:
+            in_batch = n_alive
+        assert size == in_batch
+    assert sizes[-1] < 12
+
+
+def test_decoding_in_place_changes_neither_shapes_nor_places(
+    stopping_model, tokenizer, prompts, monkeypatch
+):
+    """What a CUDA graph needs: all that enters a step lies where it lay in the step before."""
+    choose_decode(monkeypatch, "decode_in_place")
+    seen, run_body = [], gainrl.run_body
+
+    def note_inputs(model, ids, attention_mask, position_ids, cache=None):
+        if cache is not None:
+            tensors = [ids, attention_mask, position_ids]
+            tensors += [x for layer in cache.layers for x in (layer.keys, layer.values)]
+            seen.append([(x.data_ptr(), x.shape, x.dtype) for x in tensors])
+        return run_body(model, ids, attention_mask, position_ids, cache)
+
+    monkeypatch.setattr(gainrl, "run_body", note_inputs)
+    config = tiny_config(max_new_tokens=9)
+    gainrl.generate(stopping_model, tokenizer, prompts[:3], config, 8, seeded())
+    assert len(seen) == 8
+    assert all(inputs == seen[0] for inputs in seen)
+    _, bias_shape, _ = seen[0][1]
+    assert bias_shape[:3] == (24, 1, 1) and bias_shape[3] % 16 == 0
+
+
+def test_in_place_and_growing_agree_in_bfloat16(stopping_model, tokenizer, prompts, monkeypatch):
+    """The keys that autocast leaves in float32 are rounded once, not in every step: the same."""
+    monkeypatch.setattr(
+        gainrl, "mixed_precision", lambda device: torch.autocast("cpu", torch.bfloat16)
+    )
+    config = tiny_config(max_new_tokens=20)
+    texts = []
+    for decode in DECODES:
+        choose_decode(monkeypatch, decode)
+        rollout = gainrl.generate(stopping_model, tokenizer, prompts, config, 8, seeded())
+        texts.append(rollout.texts)
+    same = [a == b for a, b in zip(*texts)]
+    assert sum(same) >= 0.9 * len(same)
+
+
 @pytest.mark.parametrize("include_self", [True, False])
 def test_the_angle_of_a_batch_is_the_mean_score_of_its_prompts(
     model, tokenizer, prompts, include_self
@@ -1478,10 +1621,12 @@ def test_micro_batches_give_the_update_of_the_whole_batch(
 ):
     """The oracle is the textbook loop: one loss over the whole batch, autograd, the log-probs of
     the policy that sampled as the old ones in every update, and a gradient of length 1 at most.
-    One group is flat, and counts in the mean over the tokens all the same."""
+    One group is flat, and another has a row without advantage: they count in the mean over the
+    tokens all the same."""
     lr, kl = 0.05, kl * scale
     advantages = advantages * scale
     advantages[0] = 0
+    advantages[1, 2] = 0
     reference = random_model(len(tokenizer), seed=7)
 
     def whole_batch_logprobs(policy):
@@ -1545,6 +1690,55 @@ def test_flat_groups_change_no_weight(stopping_model, rollout):
     assert all(map(torch.equal, model.parameters(), stopping_model.parameters()))
 
 
+def test_a_flat_batch_still_moves_by_the_momentum(stopping_model, rollout, advantages):
+    """As AdamW does with gradients of zero; without gradients it would stand still."""
+    model = copy.deepcopy(stopping_model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.0)
+    gainrl.grpo_update(model, None, optimizer, rollout, advantages, tiny_config())
+    by_hand = copy.deepcopy(model)
+    hand_optimizer = torch.optim.AdamW(by_hand.parameters(), lr=0.01, weight_decay=0.0)
+    hand_optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+
+    flat = torch.zeros_like(advantages)
+    stats = gainrl.grpo_update(model, None, optimizer, rollout, flat, tiny_config())
+    assert set(stats.values()) == {0.0}
+    for parameter in by_hand.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    before = copy.deepcopy(by_hand)
+    hand_optimizer.step()
+    for a, b, old in zip(model.parameters(), by_hand.parameters(), before.parameters()):
+        assert torch.equal(a, b) and not torch.equal(a, old)
+
+
+@pytest.mark.parametrize("kl", [0.0, 0.01])
+def test_an_update_runs_no_row_without_advantage_and_no_column_of_padding(
+    stopping_model, tokenizer, prompts, kl, monkeypatch
+):
+    """Three micro-batches of a group each: one is flat, the others have lengths of their own."""
+    config = tiny_config(max_new_tokens=20, micro_batch=4, completions_per_prompt=4, kl=kl)
+    rollout = gainrl.generate(stopping_model, tokenizer, prompts[:3], config, 4, seeded(6))
+    advantages = torch.tensor([1.0, -1.0, 0.5, -0.5]).repeat(3, 1)
+    advantages[1] = 0
+    shapes, run_body = [], gainrl.run_body
+
+    def note_shape(model, ids, *others):
+        shapes.append(tuple(ids.shape))
+        return run_body(model, ids, *others)
+
+    monkeypatch.setattr(gainrl, "run_body", note_shape)
+    model = copy.deepcopy(stopping_model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    gainrl.grpo_update(model, stopping_model, optimizer, rollout, advantages, config)
+    expected = []
+    for group in (0, 1, 2):
+        if kl or group != 1:
+            longest = rollout.completion_mask[4 * group : 4 * group + 4].sum(1).max().item()
+            of_policy = [(1, len(prompts[group].ids)), (4, longest)]
+            expected += of_policy * (2 if kl else 1)  # and the same for the reference
+    assert shapes == expected
+    assert len({width for _, width in shapes}) == len(set(shapes)) > 2
+
+
 @pytest.mark.parametrize("what", ["loss", "gradient"])
 def test_what_is_not_finite_stops_before_the_weights_change(
     stopping_model, rollout, advantages, what
@@ -1588,6 +1782,37 @@ FAMILIES = {  # settings beyond RANDOM_MODEL; GPT-2 and its kin take their argum
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+def test_what_can_be_decoded_in_place_is_known_and_is_the_same(
+    family, tokenizer, prompts, monkeypatch
+):
+    """Sliding windows drop tokens, and Bloom counts its positions in a mask of two dimensions."""
+    model = random_model(len(tokenizer), family=family, **FAMILIES[family])
+    _, cache = gainrl.run_body(model, torch.tensor([prompts[0].ids]))
+    fits = gainrl.fits_in_place(model, cache)
+    assert fits == (family not in ("Mistral", "Gemma3Text", "GptOss", "Bloom"))
+    if fits:
+        config = tiny_config(max_new_tokens=8)
+        growing = gainrl.generate(model, tokenizer, prompts[:3], config)
+        choose_decode(monkeypatch, "decode_in_place")
+        in_place = gainrl.generate(model, tokenizer, prompts[:3], config)
+        assert in_place.texts == growing.texts
+
+
+def test_a_model_that_passes_over_a_mask_of_four_dimensions_is_refused(tokenizer, prompts):
+    model = random_model(len(tokenizer))
+
+    def forget_mask(body, inputs, named):
+        mask = named["attention_mask"]
+        if mask is not None and mask.ndim == 4:
+            named["attention_mask"] = None
+        return inputs, named
+
+    model.base_model.register_forward_pre_hook(forget_mask, with_kwargs=True)
+    with pytest.raises(ValueError, match="its logits are not lm_head of its last hidden states"):
+        gainrl.check_model(model, prompts)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_models_of_many_families_are_run_in_parts_as_in_one(family, tokenizer, prompts):
     """The oracle is the model's own forward pass over each whole row, alone."""
     model = random_model(len(tokenizer), family=family, **FAMILIES[family])
@@ -1595,7 +1820,7 @@ def test_models_of_many_families_are_run_in_parts_as_in_one(family, tokenizer, p
     rollout = gainrl.generate(model, tokenizer, prompts[:3], tiny_config(max_new_tokens=5), 2)
     length = rollout.completion_mask.shape[1]
     logprobs = gainrl.completion_logprobs(
-        model, rollout.ids, rollout.attention_mask, length, 1.0, rows_per_prompt=2
+        model, rollout.ids, rollout.attention_mask, length, 1.0, torch.arange(6) // 2
     )
     for row in range(6):
         alone = rollout.ids[row][rollout.attention_mask[row]]
@@ -1623,7 +1848,7 @@ def test_models_are_never_called_by_position(stopping_model, tokenizer, prompts)
         rollout = gainrl.generate(model, tokenizer, prompts[:3], config, 2, seeded())
         length = rollout.completion_mask.shape[1]
         logprobs = gainrl.completion_logprobs(
-            model, rollout.ids, rollout.attention_mask, length, 1.0, rows_per_prompt=2
+            model, rollout.ids, rollout.attention_mask, length, 1.0, torch.arange(6) // 2
         )
         gainrl.check_model(model, prompts)
         found.append([*gainrl.score_prompts(model, prompts), rollout.ids, logprobs])
@@ -1724,7 +1949,7 @@ def gradient_norms(model, tokenizer, problem, generator):
         rollout.attention_mask,
         rollout.completion_mask.shape[1],
         config.temperature,
-        rows_per_prompt=8,
+        prompt_index=torch.zeros(8, dtype=torch.long),
     )
     loss, _ = gainrl.grpo_loss(
         logprobs, logprobs.detach(), advantages.flatten(), rollout.completion_mask

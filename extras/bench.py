@@ -8,19 +8,29 @@ skipped. The lines go to runs/bench.json as well. On a GPU the models have the s
 Qwen2.5-0.5B; on a CPU they are smaller. All weights are random: nothing is downloaded."""
 
 import argparse
+import contextlib
 import copy
+import ctypes
 import functools
+import gc
 import importlib.metadata
 import importlib.util
+import io
 import json
+import math
 import os
+import platform
 import random
+import signal
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
+from unittest.mock import patch
 
 import datasets
 import tokenizers
@@ -56,7 +66,7 @@ STEP_MODEL = {  # for a step of GRPO
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "intermediate_size": 352,
-    "vocab_size": 64,
+    "vocab_size": 66,
 }
 
 
@@ -72,21 +82,29 @@ def milliseconds(work, *inputs):
     return 1000 * (time.perf_counter() - began)
 
 
-def peak_bytes(work, *inputs):
-    """Bytes that work(*inputs) holds at most beyond those held before; None where nobody counts:
-    off Linux, and where this process may not reset its own peak."""
+def reset_peak():
+    """Start counting the peak of memory: bytes held now; None where nobody counts, off Linux, and
+    where this process may not reset its own peak."""
     if CUDA:
         torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        work(*inputs)
-        return torch.cuda.max_memory_allocated() - before
+        return torch.cuda.memory_allocated()
     try:
-        Path("/proc/self/clear_refs").write_text("5")  # the peak of this process counts from now
+        Path("/proc/self/clear_refs").write_text("5")
     except OSError:
         return None
-    before = process_bytes("VmRSS")
+    return process_bytes("VmRSS")
+
+
+def read_peak():
+    """Bytes held at most since reset_peak()."""
+    return torch.cuda.max_memory_allocated() if CUDA else process_bytes("VmHWM")
+
+
+def peak_bytes(work, *inputs):
+    """Bytes that work(*inputs) holds at most beyond those held before; None where nobody counts."""
+    before = reset_peak()
     work(*inputs)
-    return process_bytes("VmHWM") - before
+    return None if before is None else read_peak() - before
 
 
 def process_bytes(field):
@@ -117,7 +135,8 @@ def random_model(shape):
     """A Qwen2 of this shape with random weights, the same ones in every call."""
     torch.manual_seed(0)
     config = transformers.Qwen2Config(**shape, tie_word_embeddings=True)
-    return transformers.Qwen2ForCausalLM(config).to(DEVICE).eval()
+    with DEVICE:
+        return transformers.Qwen2ForCausalLM(config).eval()
 
 
 # --- Scoring, beside the plain way ----------------------------------------------------------------
@@ -192,44 +211,80 @@ def score_one_by_one(model, prompts):
 
 # --- A step of GRPO, beside TRL -------------------------------------------------------------------
 WORDS = [f"w{k}" for k in range(64)]
-P, G = 8, 8
-PROMPT_TOKENS, COMPLETION_TOKENS = 60, 48
+END, PAD = len(WORDS), len(WORDS) + 1  # two tokens more
+GROUP_SIZE = 8
 
 
-def bench_step(rounds=12):
-    """A step of GRPO beside one of TRL's GRPOTrainer, on copies of one model: ms a step. On a CPU
-    with two threads and with one."""
+@dataclass
+class Workload:
+    """What a step has to do: completions of n_prompts, 8 of each."""
+
+    name: str
+    n_prompts: int
+    prompt_tokens: tuple  # the fewest and the most; lengths are drawn evenly between
+    max_tokens: int  # of a completion
+    mean_tokens: int | None  # the end token has probability 1 / mean_tokens; None: it never comes
+    n_flat: int  # prompts whose completions all have the same reward
+    micro_batch: int
+    rounds: int
+
+
+# Every completion full, no reward alike: what both programs must do to the end.
+FIXED = Workload("full completions", 8, (60, 60), 48, None, 0, 64, 12)
+# Like GSM8K's: lengths of geometric distribution, cut at 512, have the mean 145; 40% are flat.
+REAL = Workload("drawn lengths, 4 of 10 groups flat", 10, (90, 190), 512, 150, 4, 16, 4)
+REAL_GPU = Workload("drawn lengths, 4 of 10 groups flat", 30, (90, 190), 512, 150, 12, 8, 3)
+
+
+def bench_step():
+    """A step of GRPO beside one of TRL's GRPOTrainer, on copies of one model: ms a step, and GB. On
+    a CPU with two threads and with one."""
     if not importlib.util.find_spec("trl"):
         print("skipped: a step of GRPO beside TRL, which is not installed")
         return []
     if CUDA:
-        return [compare_steps("", rounds)]
+        return compare_steps(REAL_GPU, QWEN_05B, "")
     lines = []
     usual_threads = torch.get_num_threads()
     for n_threads, suffix in ((2, ", 2 threads"), (1, ", 1 thread")):
         torch.set_num_threads(n_threads)
-        lines.append(compare_steps(suffix, rounds))
+        lines += compare_steps(FIXED, STEP_MODEL, suffix)
+    torch.set_num_threads(2)
+    lines += compare_steps(REAL, STEP_MODEL, ", 2 threads")
     torch.set_num_threads(usual_threads)
     return lines
 
 
-def compare_steps(suffix, rounds):
-    """One line of the table. TRL trains, and after each of its steps we make one of ours."""
+def compare_steps(workload, shape, suffix):
+    """Two lines of the table. TRL trains, and after each of its steps we make one of ours."""
     rng = random.Random(0)
-    questions = [" ".join(rng.choices(WORDS, k=PROMPT_TOKENS)) for _ in range(P)]
+    lengths = [rng.randint(*workload.prompt_tokens) for _ in range(workload.n_prompts)]
+    questions = [" ".join(rng.choices(WORDS, k=length)) for length in lengths]
+    reward = make_reward(questions[: workload.n_flat])
     tokenizer = word_tokenizer()
-    model = random_model(STEP_MODEL)
-    model.generation_config.eos_token_id = 64  # beyond the vocabulary: all completions are full
-    warm_up = 2  # steps whose times are dropped
-    turns = TakeTurns(make_our_step(copy.deepcopy(model), tokenizer, questions))
-    train_with_trl(model, tokenizer, questions, turns, rounds + warm_up)
-    what = f"a step of GRPO, {P} x {G} completions{suffix}"
+    model = random_model(shape)
+    model.generation_config.eos_token_id = END
+    # Nearly even logits, but for a bias on the end token that gives it its probability.
+    bias = torch.zeros(shape["vocab_size"], device=DEVICE)
+    bias[END] = -math.inf
+    bias[PAD:] = -math.inf  # and what is no word never comes
+    if workload.mean_tokens:
+        bias[END] = math.log(len(WORDS) / (workload.mean_tokens - 1))
+    model.lm_head.bias = torch.nn.Parameter(bias, requires_grad=False)
+    warm_up = 1  # steps whose measurements are dropped
+    our_step = make_our_step(copy.deepcopy(model), tokenizer, questions, reward, workload)
+    turns = TakeTurns(our_step, warm_up)
+    train_with_trl(model, tokenizer, questions, reward, workload, turns)
+    what = f"GRPO step, {workload.n_prompts} x {GROUP_SIZE} {workload.name}{suffix}"
     peer = f"TRL {importlib.metadata.version('trl')}"
-    return compare(what, peer, "ms", turns.ours[warm_up:], turns.theirs[warm_up:])
+    lines = [compare(what, peer, "ms", turns.our_times, turns.their_times)]
+    if None not in turns.our_peaks:
+        lines.append(compare(what + ", memory", peer, "GB", turns.our_peaks, turns.their_peaks))
+    return lines
 
 
 def word_tokenizer():
-    """A tokenizer of the 64 words, a token each, and of two more that are never sampled."""
+    """A tokenizer of the 64 words, a token each, and of two more."""
     vocabulary = {word: k for k, word in enumerate([*WORDS, "end", "pad"])}
     core = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="pad"))
     core.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
@@ -240,72 +295,107 @@ def word_tokenizer():
     return tokenizer
 
 
-def share_of_even_words(completions, **columns):
-    """A reward: something to learn from. TRL gives it all columns of the data by keyword."""
-    shares = []
-    for text in completions:
-        even = [word for word in text.split() if int(word[1:]) % 2 == 0]
-        shares.append(len(even) / COMPLETION_TOKENS)
-    return shares
+def make_reward(flat_questions):
+    """A reward as TRL calls it: 1 for a completion that begins with a word of even number, which is
+    half of them; but 0 for all completions of the flat questions."""
+
+    def begins_even(completions, prompts, **columns):
+        rewards = []
+        for text, question in zip(completions, prompts):
+            first_word = text.split()[0] if text else "w1"
+            is_even = int(first_word[1:]) % 2 == 0
+            rewards.append(float(is_even and question not in flat_questions))
+        return rewards
+
+    return begins_even
 
 
-def make_our_step(model, tokenizer, questions):
+def make_our_step(model, tokenizer, questions, reward, workload):
     """A function that makes one step, as gainrl.train does."""
     settings = {
-        "prompts_per_step": P,
-        "completions_per_prompt": G,
-        "micro_batch": P * G,
-        "max_new_tokens": COMPLETION_TOKENS,
+        "prompts_per_step": len(questions),
+        "completions_per_prompt": GROUP_SIZE,
+        "micro_batch": workload.micro_batch,
+        "max_new_tokens": workload.max_tokens,
     }
     config = gainrl.Config(**{**gainrl.PRESETS["tiny"], **settings})
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
     generator = torch.Generator(DEVICE).manual_seed(0)
     # Where the question begins and ends among the tokens matters to nothing but C.
     prompts = [gainrl.Prompt(tokenizer(text)["input_ids"], 20, 55) for text in questions]
+    prompt_of_row = [text for text in questions for _ in range(GROUP_SIZE)]
 
     def step():
-        rollout = gainrl.generate(model, tokenizer, prompts, config, G, generator)
-        rewards = torch.tensor(share_of_even_words(rollout.texts)).view(P, G)
+        rollout = gainrl.generate(model, tokenizer, prompts, config, GROUP_SIZE, generator)
+        rewards = torch.tensor(reward(rollout.texts, prompt_of_row)).view(-1, GROUP_SIZE)
         advantages = gainrl.group_advantages(rewards)
         gainrl.grpo_update(model, None, optimizer, rollout, advantages, config)
-        assert rollout.completion_mask.sum() == P * G * COMPLETION_TOKENS
 
     return step
 
 
 class TakeTurns(transformers.TrainerCallback):
-    """After each step of the trainer, one of ours. `.ours` and `.theirs`: ms a step."""
+    """After each step of the trainer, one of ours. Times in ms a step, peaks in GB beyond what was
+    held before the step; lists, one entry a step after the warm-up."""
 
-    def __init__(self, our_step):
+    def __init__(self, our_step, warm_up):
         self.our_step = our_step
-        self.ours, self.theirs = [], []
+        self.warm_up = warm_up
+        self.our_times, self.their_times = [], []
+        self.our_peaks, self.their_peaks = [], []
 
-    def on_step_begin(self, args, state, control, **details):
+    def begin(self):
+        release_memory()
+        self.held = reset_peak()
         self.began = time.perf_counter()
 
-    def on_step_end(self, args, state, control, **details):
+    def end(self, times, peaks):
         if CUDA:
             torch.cuda.synchronize()
-        self.theirs.append(1000 * (time.perf_counter() - self.began))
-        self.ours.append(milliseconds(self.our_step))
+        times.append(1000 * (time.perf_counter() - self.began))
+        peaks.append(None if self.held is None else (read_peak() - self.held) / 1e9)
+
+    def on_step_begin(self, args, state, control, **details):
+        self.begin()
+
+    def on_step_end(self, args, state, control, **details):
+        self.end(self.their_times, self.their_peaks)
+        self.begin()
+        self.our_step()
+        self.end(self.our_times, self.our_peaks)
+
+    def on_train_end(self, args, state, control, **details):
+        for values in (self.our_times, self.their_times, self.our_peaks, self.their_peaks):
+            del values[: self.warm_up]
 
 
-def train_with_trl(model, tokenizer, questions, callback, steps):
-    """TRL's GRPOTrainer on P questions with G completions each, in float32, without KL."""
+def release_memory():
+    """Give back what was freed, so that the next peak counts it again."""
+    gc.collect()
+    if CUDA:
+        torch.cuda.empty_cache()
+    elif platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def train_with_trl(model, tokenizer, questions, reward, workload, turns):
+    """TRL's GRPOTrainer on the questions, without KL; bfloat16 where ours has it."""
     import trl
 
+    n_rows = len(questions) * GROUP_SIZE
     with tempfile.TemporaryDirectory() as folder:
         settings = trl.GRPOConfig(
             folder,
-            max_steps=steps,
-            per_device_train_batch_size=P * G,
-            num_generations=G,
-            max_completion_length=COMPLETION_TOKENS,
+            max_steps=workload.rounds + turns.warm_up,
+            per_device_train_batch_size=workload.micro_batch,
+            gradient_accumulation_steps=n_rows // workload.micro_batch,
+            num_generations=GROUP_SIZE,
+            max_completion_length=workload.max_tokens,
             learning_rate=1e-5,
             beta=0.0,
             loss_type="grpo",
             activation_checkpointing=False,
-            bf16=False,
+            bf16=CUDA and torch.cuda.is_bf16_supported(including_emulation=False),
             use_cpu=not CUDA,
             report_to="none",
             save_strategy="no",
@@ -313,11 +403,11 @@ def train_with_trl(model, tokenizer, questions, callback, steps):
         )
         trainer = trl.GRPOTrainer(
             model,
-            share_of_even_words,
+            reward,
             settings,
             datasets.Dataset.from_dict({"prompt": questions}),
             processing_class=tokenizer,
-            callbacks=[callback],
+            callbacks=[turns],
         )
         trainer.remove_callback(transformers.PrinterCallback)
         trainer.train()
@@ -388,7 +478,12 @@ def compare_logits():
 
     def work():
         logprobs = gainrl.completion_logprobs(
-            model, ids, attention_mask, completion_tokens, temperature=1.0, rows_per_prompt=samples
+            model,
+            ids,
+            attention_mask,
+            completion_tokens,
+            1.0,
+            torch.arange(n_completions) // samples,
         )
         logprobs.sum().backward()
 
@@ -399,6 +494,397 @@ def compare_logits():
     logits = n_completions * completion_tokens * vocabulary * 4
     what = f"log-probs, {n_completions} x {completion_tokens} tokens, vocabulary {vocabulary:,}"
     return [compare(what, "its float32 logits alone", "GB", [peak / 1e9], [logits / 1e9])]
+
+
+# --- A GPU: what cannot be seen without one -------------------------------------------------------
+COPY_BYTES = 2 << 30
+CHECK_TOKENS = 512 if CUDA else 24  # of a completion
+
+
+class Bench:
+    """A model of Qwen2.5-0.5B's shape (a small one on a CPU), 32 prompts with lengths like GSM8K's,
+    and a step of GRPO with them."""
+
+    def __init__(self):
+        self.shape = QWEN_05B if CUDA else STEP_MODEL
+        self.model = random_model(self.shape)
+        self.model.generation_config.eos_token_id = END
+        self.tokenizer = word_tokenizer()
+        rng = random.Random(0)
+        lengths = [212] + [min(212, max(90, round(rng.gauss(137, 22)))) for _ in range(31)]
+        prefix = rng.choices(range(END), k=76)
+        self.prompts = []
+        for length in lengths:
+            ids = prefix + rng.choices(range(END), k=length - 76)
+            self.prompts.append(gainrl.Prompt(ids, 76, length - 5))
+
+    def config(self, **settings):
+        return gainrl.Config(**{"preset": "gsm8k", "max_new_tokens": CHECK_TOKENS, **settings})
+
+    def generate(self, group_size=1, seed=None, prompts=None, **settings):
+        """The Rollout, greedy without a seed, and the generator's state afterwards."""
+        generator = None if seed is None else torch.Generator(DEVICE).manual_seed(seed)
+        rollout = gainrl.generate(
+            self.model,
+            self.tokenizer,
+            prompts or self.prompts,
+            self.config(**settings),
+            group_size,
+            generator,
+        )
+        return rollout, None if seed is None else generator.get_state()
+
+    def random_rows(self, n_rows, prompt_tokens, completion_tokens):
+        """ids and attention_mask of rows whose prompts are padded by 0, 3, 6 ... tokens."""
+        n_tokens = prompt_tokens + completion_tokens
+        generator = torch.Generator(DEVICE).manual_seed(1)
+        ids = torch.randint(END, (n_rows, n_tokens), device=DEVICE, generator=generator)
+        padding = 3 * torch.arange(n_rows, device=DEVICE)[:, None]
+        return ids, torch.arange(n_tokens, device=DEVICE) >= padding
+
+    def gradient(self, logprobs):
+        """The gradient of a sum with weights that tell tokens apart, as one vector."""
+        weights = torch.linspace(-1, 1, logprobs.numel(), device=DEVICE).view_as(logprobs)
+        gradients = torch.autograd.grad((logprobs * weights).sum(), list(self.model.parameters()))
+        return torch.cat([gradient.flatten() for gradient in gradients])
+
+
+def exactly():
+    """A context without bfloat16."""
+    return patch.object(gainrl, "mixed_precision", lambda device: contextlib.nullcontext())
+
+
+def in_place():
+    """A context in which generate decodes in place, on a CPU too."""
+    return patch.object(gainrl, "decode_growing", gainrl.decode_in_place)
+
+
+def growing():
+    """A context in which generate decodes with a growing cache, on a GPU too."""
+    return patch.object(gainrl, "decode_in_place", gainrl.decode_growing)
+
+
+def unrecorded():
+    """A context in which generate decodes in place, every step launched by the host."""
+    return patch.object(gainrl, "record", lambda step, generator: step)
+
+
+def check_versions(bench):
+    bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    capability = ".".join(map(str, torch.cuda.get_device_capability()))
+    memory = torch.cuda.get_device_properties(0).total_memory / 2**30
+    return True, f"compute capability {capability}, {memory:.1f} GiB, bfloat16 in hardware: {bf16}"
+
+
+def check_gradient_lengths(bench):
+    """pytorch issue 196678: cuDNN's attention, with a mask, at some lengths."""
+    found = {True: [], False: []}
+    for completion_tokens in (492, 364, 300, 121):  # 704 and 576 tokens in all, and two others
+        ids, attention_mask = bench.random_rows(4, 212, completion_tokens)
+        for cudnn in (True, False):
+            torch.backends.cuda.enable_cudnn_sdp(cudnn)
+            logprobs = gainrl.completion_logprobs(
+                bench.model, ids, attention_mask, completion_tokens, 1.0
+            )
+            if not bench.gradient(logprobs).isfinite().all():
+                found[cudnn].append(ids.shape[1])
+    return not found[False], f"not finite at {found[False] or 'none'}; with cuDNN's {found[True]}"
+
+
+def check_padding(bench):
+    """A padded batch, and each of its rows alone."""
+    ids, attention_mask = bench.random_rows(4, 40, 24)
+    differences = []
+    for context in (exactly(), contextlib.nullcontext()):
+        with context, torch.no_grad():
+            padded = gainrl.completion_logprobs(bench.model, ids, attention_mask, 24, 1.0)
+            for row in range(len(ids)):
+                own_ids = ids[row, attention_mask[row]][None]
+                ones = torch.ones_like(own_ids, dtype=torch.bool)
+                alone = gainrl.completion_logprobs(bench.model, own_ids, ones, 24, 1.0)
+                differences.append((padded[row] - alone[0]).abs().max().item())
+    exact, mixed = max(differences[:4]), max(differences[4:])
+    return exact < 1e-3 and mixed < 0.1, f"at most {exact:.0e} off in float32, {mixed:.0e} as it is"
+
+
+def check_logprobs(bench):
+    """completion_logprobs, and one pass of the whole model in float32, without a cache."""
+    ids, attention_mask = bench.random_rows(4, 40, 24)
+    attention_mask[:] = True
+    ours = gainrl.completion_logprobs(bench.model, ids, attention_mask, 24, 0.8)
+    table = (bench.model(input_ids=ids).logits.float() / 0.8).log_softmax(-1)
+    plain = table[:, 39:-1].gather(2, ids[:, 40:, None]).squeeze(2)
+    difference = (ours - plain).abs().mean().item()
+    cosine = F.cosine_similarity(bench.gradient(ours), bench.gradient(plain), dim=0).item()
+    text = f"log-probs {difference:.0e} off in the mean, cosine of the gradients {cosine:.5f}"
+    return difference < 0.02 and cosine > 0.99, text
+
+
+def same_rollouts(bench, context, **inputs):
+    """Whether generate does the same within a context as in place: ids, masks, generator."""
+    with in_place():
+        ours, our_state = bench.generate(**inputs)
+        with context:
+            other, other_state = bench.generate(**inputs)
+    same = torch.equal(ours.ids, other.ids)
+    same = same and torch.equal(ours.attention_mask, other.attention_mask)
+    return same and (our_state is None or torch.equal(our_state, other_state))
+
+
+def check_graph(bench):
+    """Replayed steps, and the same steps launched one by one."""
+    texts, all_same = [], True
+    for name, inputs in (("greedy", {}), ("8 samples", {"group_size": 8, "seed": 5})):
+        for max_new_tokens in (CHECK_TOKENS // 8, CHECK_TOKENS // 3):
+            inputs["max_new_tokens"] = max_new_tokens
+            same = same_rollouts(bench, unrecorded(), **inputs)
+            all_same = all_same and same
+            texts.append(f"{name} x {max_new_tokens} {'equal' if same else 'DIFFERENT'}")
+    again = same_rollouts(bench, contextlib.nullcontext(), group_size=2, seed=6, max_new_tokens=20)
+    texts.append(f"two calls {'equal' if again else 'DIFFERENT'}")
+    return all_same and again, ", ".join(texts)
+
+
+def check_growing(bench):
+    """In place, and with a growing cache, in float32: other kernels, whose last digits differ."""
+    inputs = {"group_size": 4, "seed": 7, "max_new_tokens": CHECK_TOKENS // 8}
+    with exactly():
+        with in_place():
+            ours, _ = bench.generate(**inputs)
+        with growing():
+            other, _ = bench.generate(**inputs)
+    same = [ours == other for ours, other in zip(ours.texts, other.texts)]
+    return sum(same) > 0.9 * len(same), f"{sum(same)} of {len(same)} completions equal"
+
+
+def check_new_weights(bench):
+    """A call after an optimizer step uses the new weights."""
+    before, _ = bench.generate(seed=8, group_size=2, max_new_tokens=20)
+    kept = bench.model.model.embed_tokens.weight.detach().clone()
+    optimizer = torch.optim.SGD(bench.model.parameters(), lr=1.0)
+    for parameter in bench.model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    bench.model.model.embed_tokens.weight.grad = torch.randn_like(kept)
+    optimizer.step()
+    changed, _ = bench.generate(seed=8, group_size=2, max_new_tokens=20)
+    with torch.no_grad():
+        bench.model.model.embed_tokens.weight.copy_(kept)
+    after, _ = bench.generate(seed=8, group_size=2, max_new_tokens=20)
+    optimizer.zero_grad()
+    passed = changed.texts != before.texts and after.texts == before.texts
+    return passed, "other completions, and the old ones with the old weights"
+
+
+def check_memory_back(bench):
+    """What generate took is free afterwards."""
+    bench.generate(8, seed=1, max_new_tokens=20)
+    release_memory()
+    before = torch.cuda.memory_allocated()
+    bench.generate(8, seed=1, max_new_tokens=20)
+    release_memory()
+    left = torch.cuda.memory_allocated() - before
+    return left < 2**20, f"{left:,} bytes left"
+
+
+def check_decode_speed(bench):
+    """Milliseconds a token, and the share of the memory's bandwidth."""
+    source = torch.empty(COPY_BYTES, dtype=torch.uint8, device=DEVICE)
+    target = torch.empty_like(source)
+    target.copy_(source)
+    copy_ms = statistics.median(milliseconds(target.copy_, source) for _ in range(5))
+    bandwidth = 2 * COPY_BYTES / copy_ms  # bytes per ms, read and written
+    del source, target
+
+    def ms_per_token(n_tokens):
+        """From the difference of a long and a short call: without prefill and recording."""
+        short = milliseconds(functools.partial(bench.generate, 8, 1, max_new_tokens=8))
+        long = milliseconds(functools.partial(bench.generate, 8, 1, max_new_tokens=8 + n_tokens))
+        return (long - short) / n_tokens
+
+    n_rows = 8 * len(bench.prompts)
+    replayed = ms_per_token(CHECK_TOKENS - 8)
+    with unrecorded():
+        launched = ms_per_token(64)
+    with growing():
+        grown = ms_per_token(64)
+    config = bench.model.config
+    head_width = config.hidden_size // config.num_attention_heads
+    bytes_per_token = 2 * 2 * config.num_hidden_layers * config.num_key_value_heads * head_width
+    mean_length = statistics.mean(len(prompt.ids) for prompt in bench.prompts) + CHECK_TOKENS / 2
+    n_weights = sum(parameter.numel() for parameter in bench.model.parameters())
+    must_move = 2 * n_weights + n_rows * mean_length * bytes_per_token
+    text = (
+        f"{replayed:.2f} ms a token of {n_rows} rows ({1000 * n_rows / replayed:,.0f} tokens/s; "
+        f"launched one by one {launched:.2f} ms, with a growing cache {grown:.2f} ms); weights "
+        f"and cache alone are {must_move / 1e9:.2f} GB, {must_move / replayed / bandwidth:.0%} of "
+        f"the {bandwidth / 1e9:.2f} TB/s of a copy"
+    )
+    return replayed < launched, text
+
+
+def run_step(bench, config):
+    """One step of GRPO with random rewards. Seconds and peaks in GiB of sampling and update, and
+    the update's stats."""
+    optimizer = torch.optim.AdamW(bench.model.parameters(), lr=1e-6, weight_decay=0.0)
+    for parameter in bench.model.parameters():  # so that AdamW's moments are there from the start
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad()
+    reference = copy.deepcopy(bench.model) if config.kl else None
+    generator = torch.Generator(DEVICE).manual_seed(2)
+    rewards = torch.randint(2, (config.prompts_per_step, config.completions_per_prompt))
+    advantages = gainrl.group_advantages(rewards.float())
+    seconds, peaks = [], []
+
+    release_memory()
+    reset_peak()
+    began = time.perf_counter()
+    group_size = config.completions_per_prompt
+    rollout = gainrl.generate(
+        bench.model, bench.tokenizer, bench.prompts, config, group_size, generator
+    )
+    torch.cuda.synchronize()
+    seconds.append(time.perf_counter() - began)
+    peaks.append(read_peak() / 2**30)
+
+    reset_peak()
+    began = time.perf_counter()
+    stats = gainrl.grpo_update(bench.model, reference, optimizer, rollout, advantages, config)
+    torch.cuda.synchronize()
+    seconds.append(time.perf_counter() - began)
+    peaks.append(read_peak() / 2**30)
+    return seconds, peaks, stats
+
+
+def check_full_step(bench):
+    """32 prompts, 8 completions of 512 tokens each, with kl."""
+    seconds, peaks, stats = run_step(bench, bench.config())
+    finite = all(math.isfinite(value) for value in stats.values())
+    text = (
+        f"sampling {seconds[0]:.1f} s, update {seconds[1]:.1f} s; peaks {peaks[0]:.1f} and "
+        f"{peaks[1]:.1f} GiB; gradient norm {stats['grad_norm']:.3g}"
+    )
+    return finite, text
+
+
+def check_evaluation_memory(bench):
+    """256 greedy completions."""
+    release_memory()
+    reset_peak()
+    bench.generate(prompts=bench.prompts * 8, max_new_tokens=64)
+    return True, f"peak {read_peak() / 2**30:.1f} GiB, without AdamW's moments and reference"
+
+
+def check_cards(bench):
+    """A step in the memory that cards of 24 and 16 GB leave."""
+    total = torch.cuda.get_device_properties(0).total_memory / 2**30
+    texts, all_fit = [], True
+    for gib, settings in ((23, {}), (15, {"micro_batch": 2, "kl": 0.0})):
+        release_memory()
+        torch.cuda.set_per_process_memory_fraction(gib / total)
+        try:
+            _, peaks, _ = run_step(bench, bench.config(**settings))
+            texts.append(f"{settings or 'defaults'} in {gib} GiB: peak {max(peaks):.1f}")
+        except torch.OutOfMemoryError:
+            all_fit = False
+            texts.append(f"{settings or 'defaults'} in {gib} GiB: OUT OF MEMORY")
+        finally:
+            torch.cuda.set_per_process_memory_fraction(1.0)
+    return all_fit, "; ".join(texts)
+
+
+def run_tiny(run_dir, *flags):
+    """The command line of a short tiny run, to be started in a process of its own."""
+    settings = ["--preset", "tiny", "--steps", "6", "--eval-examples", "32", "--run-dir", run_dir]
+    return [sys.executable, gainrl.__file__, *(flags or settings), "--device", DEVICE.type]
+
+
+def check_resume(bench):
+    """The tiny preset, killed and resumed, draws the questions of a run that was not killed."""
+    with tempfile.TemporaryDirectory() as folder:
+        whole, killed = Path(folder, "whole"), Path(folder, "killed")
+        subprocess.run(run_tiny(str(whole)), check=True, capture_output=True)
+        process = subprocess.Popen(
+            run_tiny(str(killed)), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        metrics = killed / "metrics.jsonl"
+        while process.poll() is None:
+            if metrics.exists() and '"step": 2' in metrics.read_text():
+                process.kill()
+            time.sleep(0.05)
+        was_killed = process.returncode == -signal.SIGKILL
+        subprocess.run(run_tiny("", "--resume", str(killed)), check=True, capture_output=True)
+        runs = [gainrl.read_jsonl(run / "metrics.jsonl") for run in (whole, killed)]
+    rows = [[row for row in run if "angle" in row] for run in runs]
+    # Other questions would differ by more: here only sums whose order the GPU leaves open differ.
+    differences = [abs(a["angle"] - b["angle"]) for a, b in zip(*rows)]
+    same = len(rows[0]) == len(rows[1]) == 6 and max(differences) < 1e-3
+    text = (
+        f"killed: {was_killed}, {len(rows[1])} steps, angles at most {max(differences):.0e} apart"
+    )
+    return was_killed and same, text
+
+
+def check_out_of_memory(bench):
+    """A run without memory ends with status 2, and names the flag."""
+    bench.model = None
+    release_memory()
+    held = torch.cuda.memory_reserved() + (64 << 20)
+    torch.cuda.set_per_process_memory_fraction(
+        held / torch.cuda.get_device_properties(0).total_memory
+    )
+    message = io.StringIO()
+    try:
+        with (
+            tempfile.TemporaryDirectory() as folder,
+            contextlib.redirect_stderr(message),
+            contextlib.redirect_stdout(io.StringIO()),
+        ):
+            flags = ["--preset", "tiny", "--prompts-per-step", "1000", "--eval-examples", "8"]
+            status = gainrl.main([*flags, "--steps", "1", "--run-dir", str(Path(folder, "run"))])
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    last_line = message.getvalue().strip().splitlines()[-1]
+    return status == 2 and "--micro-batch" in last_line, f"status {status}: {last_line:.99}"
+
+
+CHECKS = (  # what is checked, how, and whether it needs a GPU
+    ("versions", check_versions, True),
+    ("a padded batch is each of its rows", check_padding, False),
+    ("log-probs and their gradient against one float32 pass", check_logprobs, False),
+    ("in place against a growing cache", check_growing, False),
+    ("replayed steps against launched ones", check_graph, True),
+    ("new weights are used", check_new_weights, False),
+    ("gradients finite at lengths where cuDNN's are not", check_gradient_lengths, True),
+    ("memory after sampling", check_memory_back, True),
+    ("speed of sampling", check_decode_speed, True),
+    ("memory of an evaluation", check_evaluation_memory, True),
+    ("one full step", check_full_step, True),
+    ("a step on a card of 24 and of 16 GB", check_cards, True),
+    ("tiny preset, killed and resumed", check_resume, True),
+    ("out of memory", check_out_of_memory, True),
+)
+
+
+def check_gpu():
+    """All CHECKS, a line each; on a CPU those that need no GPU. Status 1 if one failed."""
+    torch.backends.cuda.enable_cudnn_sdp(False)  # as load_model does
+    bench = Bench()
+    status = 0
+    for title, function, needs_gpu in CHECKS:
+        if needs_gpu and not CUDA:
+            print(f"needs a GPU  {title}", flush=True)
+            continue
+        began = time.perf_counter()
+        try:
+            passed, text = function(bench)
+        except Exception as error:  # noqa: BLE001, the other checks are still worth their time
+            passed, text = False, f"{error!r:.300}"
+        torch.backends.cuda.enable_cudnn_sdp(False)
+        status = status if passed else 1
+        seconds = time.perf_counter() - began
+        print(f"{'passed' if passed else 'FAILED'}  {title}: {text} [{seconds:.0f} s]", flush=True)
+    return status
 
 
 # --- The command line -----------------------------------------------------------------------------
@@ -426,7 +912,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(
         prog="python -m extras.bench", description=__doc__.split("\n")[0], allow_abbrev=False
     )
-    choices = ("score", "step", "memory", "all")
+    choices = ("score", "step", "memory", "all", "gpu")
     parser.add_argument("what", nargs="?", default="all", choices=choices)
     parser.add_argument(
         "--dataset", help="folder whose train.jsonl is scored; default: the tiny world's questions"
@@ -436,6 +922,8 @@ def main(argv=None):
     warnings.simplefilter("ignore", FutureWarning)  # between TRL and transformers
     machine = describe_machine()
     print(machine, flush=True)
+    if args.what == "gpu":
+        return check_gpu()
     print("| what | against | ours | theirs | ratio (range) |")
     print("|---|---|---|---|---|", flush=True)
 

@@ -232,7 +232,14 @@ def sample_group(model, tokenizer, problem, config, generator):
     prompts = [problem["prompt"]]
     rollout = gainrl.generate(model, tokenizer, prompts, config, COMPLETIONS, generator)
     rewards = gainrl.reward_rollout(rollout, [problem])
-    logprobs = gainrl.rollout_logprobs(model, rollout, slice(None), config)
+    logprobs = gainrl.completion_logprobs(
+        model,
+        rollout.ids,
+        rollout.attention_mask,
+        rollout.completion_mask.shape[1],
+        config.temperature,
+        prompt_index=torch.zeros(COMPLETIONS, dtype=torch.long),
+    )
     advantages = gainrl.group_advantages(rewards).flatten()
     loss, _ = gainrl.grpo_loss(logprobs, logprobs.detach(), advantages, rollout.completion_mask)
     gradients = torch.autograd.grad(loss, list(model.parameters()))
