@@ -1590,6 +1590,14 @@ def test_in_place_and_growing_agree_in_bfloat16(stopping_model, tokenizer, promp
     monkeypatch.setattr(
         gainrl, "mixed_precision", lambda device: torch.autocast("cpu", torch.bfloat16)
     )
+    dtypes, make_room = [], gainrl.make_room
+
+    def note_dtypes(cache, *others):
+        made = make_room(cache, *others)
+        dtypes.extend((layer.keys.dtype, layer.values.dtype) for layer in cache.layers)
+        return made
+
+    monkeypatch.setattr(gainrl, "make_room", note_dtypes)
     config = tiny_config(max_new_tokens=20)
     texts = []
     for decode in DECODES:
@@ -1598,6 +1606,7 @@ def test_in_place_and_growing_agree_in_bfloat16(stopping_model, tokenizer, promp
         texts.append(rollout.texts)
     same = [a == b for a, b in zip(*texts)]
     assert sum(same) >= 0.9 * len(same)
+    assert set(dtypes) == {(torch.bfloat16, torch.bfloat16)}
 
 
 @pytest.mark.parametrize("include_self", [True, False])
