@@ -2,9 +2,10 @@
 
 From "Angles Don't Lie" (arXiv 2506.02281, NeurIPS 2025). Before training, one forward pass over
 each question gives its angle concentration C: the mean cosine between the hidden states of its
-tokens. The more they point one way, the larger the gradient that the question can give. The
-questions are sorted by C, each batch is drawn from a Gaussian over the ranks, and the Gaussian
-moves down the order as fast as the accuracy and the angle of the batches allow. The rest is GRPO.
+tokens, plus that between them and those of the prompt before it. The more they point one way, the
+larger the gradient that the question can give. The questions are sorted by C, each batch is drawn
+from a Gaussian over the ranks, and the Gaussian moves down the order as fast as the accuracy and
+the angle of the batches allow. The rest is GRPO.
 
     python gainrl.py                              Qwen2.5-0.5B on GSM8K; without a GPU, a toy (tiny)
     python gainrl.py --curriculum uniform         plain GRPO, uniform draws; --help lists the others
@@ -38,7 +39,8 @@ What of GRPO is left out, or chosen, and why:
       each completion first, which lets the tokens of a long one count less.
     - One gradient step a batch (--updates): the policy that samples is the one that is updated, so
       the ratio is exactly 1, nothing is clipped and `clip_fraction` is 0. The loss is then minus
-      the mean advantage of a token, around 0, and measures no progress; its gradient is right.
+      the mean advantage of a token (plus the KL term), around 0, and measures no progress; its
+      gradient is right.
     - AdamW without weight decay, at a constant rate; the gradient's norm is clipped to 1.
     - Rewards are 1 or 0, for the right number; there is no reward for format or length.
     - No overlong filter, no dynamic sampling, no entropy bonus: they would blur what the choice of
@@ -109,7 +111,9 @@ def setting(default, description):
 class Config:
     """Every setting of a run. `Config(**PRESETS["tiny"])` is what --preset tiny runs."""
 
-    preset: str = setting("gsm8k", "gsm8k or tiny; if not given, see default_preset")
+    preset: str = setting(
+        "gsm8k", "gsm8k or tiny; if not given, tiny if there is no GPU, --model or --dataset"
+    )
     model: str = setting("Qwen/Qwen2.5-0.5B-Instruct", "hub name or local folder")
     dataset: str = setting(
         "openai/gsm8k", "a folder with train.jsonl and test.jsonl, or on the hub"
@@ -226,9 +230,9 @@ def angle_concentration(hidden, prefix_mask, question_mask, include_self=True):
 
     hidden: (B, T, D), any float dtype. Masks: (B, T), bool or 0/1 of any dtype, disjoint; padding,
     on either side, is in neither. A zero vector has cosine 0 with all. Without prefix C_inter is 0.
-    include_self=False leaves out the i = j pairs. In a question of k tokens whose other pairs have
-    the mean c, they raise C_intra by (1 - c)/k, which favours short questions. Without them a
-    question of one token has C_intra 0.
+    include_self=False leaves out the i = j pairs, whose cosine is 1. In a question of k tokens whose
+    other pairs have the mean c, the i = j pairs raise C_intra by (1 - c)/k, which favours short
+    questions. Without them a question of one token has C_intra 0.
     ValueError names a row without a question token."""
     prefix_mask, question_mask = prefix_mask.bool(), question_mask.bool()
     empty_rows = (~question_mask.any(1)).nonzero()
@@ -260,7 +264,7 @@ def run_body(model, ids, attention_mask=None, position_ids=None, cache=None):
     The body is the model without its head. It is called by keyword, because the order of the
     arguments differs between models. ids: (B, T); attention_mask: (B, cached tokens + T)."""
     body = model.base_model
-    # transformers 5.24 renamed the argument, model by model.
+    # transformers 5.24 renamed the argument, and the output's field with it, model by model.
     renamed = "cache" in inspect.signature(body.forward).parameters
     cache_name = "cache" if renamed else "past_key_values"
     output = body(
@@ -287,9 +291,10 @@ def score_prompts(model, prompts, batch_size=64, include_self=True):
     length), each (N,) on the CPU. Unweighted sum: paper, section 3.
 
     One forward pass of the body up to the question's last token: later tokens cannot change its
-    states. What all prompts begin with runs once, and its cache is copied. Questions of one length
-    share a batch, so nothing is padded. ValueError names, by its place in `prompts`, a question
-    whose score is not finite; and is raised for prompts that do not begin with the same token."""
+    states. The tokens that all prompts begin with are run once, and their cache is copied. Questions
+    of one length share a batch, so nothing is padded. ValueError names, by its place in `prompts`,
+    a question whose score is not finite; and is raised for prompts that do not begin with the same
+    token."""
     device = model.device
     n_prompts = len(prompts)
     intra, inter = torch.zeros(n_prompts), torch.zeros(n_prompts)
@@ -574,11 +579,12 @@ for _ in range(8):
     BRACED = rf"[^{{}}]*(?:\{{{BRACED}\}}[^{{}}]*)*"
 BOX = re.compile(rf"\\boxed\s*(\{{{BRACED}\}}|[^\s{{}}\\][^\n{{}}\\]*|)")  # {42}, 42 or unclosed
 LINE = re.compile(r"####[\s*]*([^\s*#A-Za-z].*)")  # what begins with a word is a heading
-# Print does not show fonts, nor braces but \{ and \}: \textbf{1{,}000} reads 1,000.
+# Typeset text shows no font commands and no braces, except \{ and \}: \textbf{1{,}000} reads 1,000.
 FONT = r"boxed|[fm]box|emph|underline|boldsymbol|bm|bf|rm|displaystyle|(?:text|math)(?:[a-z]{2})?"
-# Fonts; colours; a brace (if what ends with it is not \{ or \}); \\}, which is a line break and a
-# brace; and \!.
-HIDDEN = re.compile(rf"\\({FONT})(?![a-z])|\\(text)?color\{{[a-z]+\}}|[{{}}](?<!\\.)|\\\\\}}|\\!")
+# Hidden are fonts; colours; a brace without a backslash before it, or behind the \\ of a line break;
+# and \!, a space of negative width.
+BRACE = r"[{}](?<!\\.)|(?<=(?<!\\)\\\\)[{}]"
+HIDDEN = re.compile(rf"\\({FONT})(?![a-z])|\\(text)?color\{{[a-z]+\}}|{BRACE}|\\!")
 # A GAP may stand between sign, number and unit, but not inside the number: 5(6) is not 56.
 SYMBOL = r"""(?:\\|\\left|\\right)?[$¢£¥\u20a0-\u20bf%°()\[\]"'`“”‘’]|\*\*|<\|\w+\|>|</s>"""
 GAP = rf"(?:\s|~|\\[ ,:;]|\\\\(?![A-Za-z])|\^?\\(?:circ|degree|pounds|euro|q?quad)|{SYMBOL})*"
@@ -723,8 +729,8 @@ def generate(model, tokenizer, prompts, config, group_size=1, generator=None, in
 
 
 def decode_growing(model, cache, hidden, ids, attention_mask, ends, config, generator):
-    """Complete the rows: write up to max_new_tokens tokens to the last columns of ids, and where
-    they are to attention_mask, both (B, T). hidden: (B, D), the prompts' last states.
+    """Complete the rows: write up to max_new_tokens tokens to the last columns of ids, and set
+    attention_mask True there; both (B, T). hidden: (B, D), the prompts' last states.
 
     The cache grows by a token a step. Where rows have ended, they leave the batch once they are
     half of it."""
@@ -752,7 +758,8 @@ def decode_growing(model, cache, hidden, ids, attention_mask, ends, config, gene
 
 def fits_in_place(model, cache):
     """Whether decode_in_place can run the model: it takes positions rather than count them, its
-    forward pass never waits for its own results, and its cache keeps all tokens."""
+    forward pass never makes the host wait for the GPU (a CUDA graph cannot record that), and its
+    cache keeps all tokens."""
     takes_positions = "position_ids" in inspect.signature(model.base_model.forward).parameters
     never_waits = model._can_compile_fullgraph  # as transformers says
     # Layers with a sliding window, and those without attention, are of other types.
@@ -827,7 +834,9 @@ def decode_in_place(model, cache, hidden, ids, attention_mask, ends, config, gen
     for n_tokens in range(1, config.max_new_tokens):
         if n_tokens % LOOK_EVERY == 0 and not alive.any():
             break
-        if n_tokens == 2 and ids.is_cuda:  # step 1 ran as it is, for what is set up only once
+        # Step 1 was a warm-up for what is set up only once. (A CPU, where only tests run this
+        # function, has no graphs.)
+        if n_tokens == 2 and ids.is_cuda:
             step = record(step, generator)
         step()
 
@@ -959,7 +968,8 @@ def grpo_update(model, reference, optimizer, rollout, advantages, config):
     old_logprobs = []  # of each micro-batch, under the policy that sampled
     for update in range(config.updates):
         stats = {"loss": 0.0, "kl": 0.0, "clip_fraction": 0.0}
-        # Not None, which AdamW passes over: a batch without advantages still moves by its momentum.
+        # Zeros, not None: AdamW skips parameters whose grad is None, and a batch in which every
+        # advantage is 0 is still to move them by its momentum.
         for parameter in model.parameters():
             parameter.grad = torch.zeros_like(parameter)
         for number, rows in enumerate(micro_batches):
@@ -1250,8 +1260,8 @@ def find_fault(row):
     return None
 
 
-# On --resume these may differ: they change memory or length, not what is computed. (A device may
-# round differently, and its random numbers are its own.)
+# On --resume these may differ: they change memory or length, not what is computed. The device is
+# not among them: another one rounds differently, and has its own random numbers.
 MAY_CHANGE = ("steps", "micro_batch", "score_batch", "checkpoint_every")
 
 
@@ -1295,15 +1305,15 @@ class RunFolder:
         return self
 
     def claim(self):
-        """Remove what a kill left half-written; refuse a directory that holds another run."""
-        for leftover in self.path.rglob("*.tmp"):
-            remove(leftover)
-        holds_a_run = any(entry.name != ".lock" for entry in self.path.iterdir())
-        if holds_a_run and not self.config.resume:
-            raise ValueError(
-                f"{self.path} holds a run: continue it with --resume {self.path}, "
-                "or name another --run-dir"
-            )
+        """Refuse a directory that holds something else; remove what a kill left half-written."""
+        half_written = "*.[0-9]*.tmp"  # see write_atomically
+        leftovers = {*self.path.glob(half_written), *self.path.glob(f"checkpoint/{half_written}")}
+        others = set(self.path.iterdir()) - leftovers - {self.path / ".lock"}
+        if others and not self.config.resume:
+            hint = "name another --run-dir"
+            if (self.path / "config.json").exists():
+                hint = f"continue its run with --resume {self.path}, or {hint}"
+            raise ValueError(f"{self.path} is not empty: {hint}")
         if self.config.resume:
             recorded = read_record(self.path)
             for name, value in self.settings.items():
@@ -1314,11 +1324,13 @@ class RunFolder:
                     )
             self.settings = {**recorded, **self.settings}  # with the hash of the data
             self.template = recorded["template"]
+        for leftover in leftovers:
+            remove(leftover)
 
     def __exit__(self, *exception):
         """Give the directory back, without a trace if nothing was written."""
-        # Deleted before it is released: whoever then gets the lock sees that its file is gone, and
-        # makes a new one.
+        # Deleted before it is released: FileLock, when another process gets the lock, looks whether
+        # its file is still there, and otherwise makes a new one.
         Path(self.lock.lock_file).unlink(missing_ok=True)
         self.lock.release()
         if not any(self.path.iterdir()):
@@ -1524,6 +1536,8 @@ class Stopped(KeyboardInterrupt):
 
 
 def stop_at_once(signum, frame):
+    """The handler of SIGTERM outside the training loop, which has GracefulStop. Installed where this
+    file is run as a program, at its end."""
     raise Stopped(signum)
 
 
@@ -1599,7 +1613,7 @@ CHAT_TEMPLATE = (
 )
 
 
-def make_tiny_world(folder, distractors=5, warmup=700, effort=0.75, seed=0):
+def make_tiny_world(folder, distractors=5, warmup=450, effort=0.75, seed=0):
     """Write train.jsonl, test.jsonl and a warmed-up Qwen2 of 135,000 parameters to `folder`, if it
     is not there. distractors: at most so many sentences about other people in a problem; warmup:
     steps of the warm-up; effort: see warm_up."""
@@ -1699,8 +1713,10 @@ def warm_up(model, tokenizer, problems, rng, steps, effort):
     prefix = tokenizer(head, return_tensors="pt")["input_ids"]
     matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
     others = [p for name, p in model.named_parameters() if p.ndim == 1 or "embed" in name]
-    optimizers = [  # AdamW alone takes three times the steps
-        torch.optim.Muon(matrices, 0.02, weight_decay=0.0),
+    # AdamW alone takes three times the steps, and Muon with its usual momentum, 0.95, half as many
+    # more.
+    optimizers = [
+        torch.optim.Muon(matrices, 0.02, weight_decay=0.0, momentum=0.8),
         torch.optim.AdamW(others, 3e-3, weight_decay=0.0),
     ]
     schedules = [torch.optim.lr_scheduler.LinearLR(o, 1.0, 0.0, steps) for o in optimizers]
@@ -1744,7 +1760,7 @@ def parse_config(argv=None):
         alternatives = typing.get_args(known.type)  # of `float | None`: float, NoneType
         value_type = alternatives[0] if alternatives else known.type
         help_text = known.metadata["description"]
-        if known.default is not None:
+        if known.default is not None and known.name != "preset":
             help_text += f" (default: {known.default}"
             if known.name in PRESETS["tiny"]:
                 help_text += f"; tiny: {PRESETS['tiny'][known.name]}"
@@ -1786,11 +1802,12 @@ def main(argv=None):
         train(config)
         return 0
     except torch.OutOfMemoryError as error:
-        lower = (
-            "lower --micro-batch (or --score-batch; for sampling, start with --prompts-per-step)"
+        hint = (
+            "lower --micro-batch or --score-batch, or, if it was sampling, start another run with a "
+            "lower --prompts-per-step"
         )
         reason = str(error).partition("\n")[0]
-        report(f"out of memory: {lower}; {how_to_continue(run_dir)} ({reason:.200})")
+        report(f"out of memory: {hint}; {how_to_continue(run_dir)} ({reason:.200})")
         return 2
     except (ValueError, OSError, FloatingPointError) as error:
         report(error)

@@ -64,7 +64,7 @@ LAST_RANK = gainrl.N_TRAIN - 1
 
 # Sizes of the study. questions: those whose signals are measured in each world.
 Size = namedtuple("Size", "prompts steps eval_every eval_examples questions warmup")
-FULL = Size(prompts=8, steps=24, eval_every=4, eval_examples=128, questions=240, warmup=700)
+FULL = Size(prompts=8, steps=24, eval_every=4, eval_examples=128, questions=240, warmup=450)
 QUICK = Size(prompts=4, steps=2, eval_every=1, eval_examples=16, questions=24, warmup=50)
 
 

@@ -316,13 +316,70 @@ def test_peak_memory_of_a_known_tensor():
         assert 195e6 < int(answer.stdout) < 215e6
 
 
-@pytest.mark.filterwarnings("ignore::FutureWarning")  # between TRL and transformers
-def test_a_step_beside_trl(monkeypatch):
+@pytest.fixture
+def seen(monkeypatch):
+    """What gainrl's functions returned while a step ran beside TRL's, by their names."""
     pytest.importorskip("trl")
-    monkeypatch.setattr(bench, "STEP_MODEL", {**TINY_SHAPE, "vocab_size": 64})
-    monkeypatch.setattr(bench, "COMPLETION_TOKENS", 4)
-    line = bench.compare_steps(", small", rounds=2)
-    assert line["rounds"] == 2 and line["ratio"] > 0
+    seen = {"generate": [], "group_advantages": []}
+
+    def watch(name, function):
+        def watched(*inputs):
+            seen[name].append(function(*inputs))
+            return seen[name][-1]
+
+        return watched
+
+    for name in seen:
+        monkeypatch.setattr(gainrl, name, watch(name, getattr(gainrl, name)))
+    return seen
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # between TRL and transformers
+def test_a_step_beside_trl_has_the_lengths_and_the_flat_groups_that_were_ordered(seen):
+    workload = bench.Workload("small", 10, (30, 40), 40, 8, n_flat=4, micro_batch=16, rounds=2)
+    lines = bench.compare_steps(workload, {**TINY_SHAPE, "vocab_size": 66}, "")
+    assert [line["unit"] for line in lines] in (["ms", "GB"], ["ms"])  # where the system counts
+    assert all(line["rounds"] == 2 and line["ratio"] > 0 for line in lines)
+    lengths = torch.cat([rollout.completion_mask.sum(1) for rollout in seen["generate"]])
+    # 240 lengths with a mean and a deviation of 8: their mean is within 4 deviations of its own.
+    assert len(lengths) == 240
+    assert lengths.double().mean().item() == pytest.approx(8, abs=4 * 8 / math.sqrt(240))
+    for advantages in seen["group_advantages"]:
+        assert (advantages[:4] == 0).all()
+        assert (advantages[4:] != 0).double().mean() > 0.8  # eight of one kind by chance are rare
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_full_completions_are_full(seen):
+    workload = bench.Workload("small", 2, (30, 30), 12, None, n_flat=0, micro_batch=16, rounds=1)
+    bench.compare_steps(workload, {**TINY_SHAPE, "vocab_size": 66}, "")
+    for rollout in seen["generate"]:
+        assert rollout.completion_mask.shape == (16, 12) and rollout.completion_mask.all()
+
+
+@pytest.mark.skipif(bench.CUDA, reason="looks at what is left to do without a GPU")
+def test_the_checks_for_a_gpu_as_far_as_a_cpu_can_make_them(monkeypatch, capsys):
+    monkeypatch.setattr(bench, "STEP_MODEL", {**TINY_SHAPE, "vocab_size": 66})
+    assert bench.main(["gpu"]) == 0
+    _, *lines = capsys.readouterr().out.splitlines()
+    for (title, _, needs_gpu), line in zip(bench.CHECKS, lines, strict=True):
+        assert line.startswith(f"{'needs a GPU' if needs_gpu else 'passed'}  {title}")
+    assert sum("passed" in line for line in lines) >= 4
+
+    completion_logprobs = gainrl.completion_logprobs
+
+    def wrong(model, ids, *others):
+        return completion_logprobs(model, ids, *others) + 0.1 * (len(ids) > 1)
+
+    def fails(*inputs):
+        raise RuntimeError("no such kernel")
+
+    monkeypatch.setattr(gainrl, "completion_logprobs", wrong)
+    monkeypatch.setattr(gainrl, "decode_in_place", fails)
+    assert bench.main(["gpu"]) == 1
+    printed = capsys.readouterr().out
+    assert printed.count("FAILED") == 3 and "no such kernel" in printed
+    assert "passed  new weights are used" in printed
 
 
 @pytest.mark.parametrize("module", [bench, study])
