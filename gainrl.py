@@ -1613,10 +1613,10 @@ CHAT_TEMPLATE = (
 )
 
 
-def make_tiny_world(folder, distractors=5, warmup=450, effort=0.75, seed=0):
+def make_tiny_world(folder, distractors=5, filler=0, warmup=450, effort=0.75, seed=0):
     """Write train.jsonl, test.jsonl and a warmed-up Qwen2 of 135,000 parameters to `folder`, if it
-    is not there. distractors: at most so many sentences about other people in a problem; warmup:
-    steps of the warm-up; effort: see warm_up."""
+    is not there. distractors, filler: see tiny_problem; warmup: steps of the warm-up; effort: see
+    warm_up."""
     folder = Path(folder)
     if folder.is_dir():
         return
@@ -1624,7 +1624,7 @@ def make_tiny_world(folder, distractors=5, warmup=450, effort=0.75, seed=0):
     rng = random.Random(seed)
     problems = {}  # by question: none is in both splits
     while len(problems) < N_TRAIN + N_TEST:
-        problem = tiny_problem(rng, distractors)
+        problem = tiny_problem(rng, distractors, filler)
         problems[problem["question"]] = problem
     problems = list(problems.values())
     train_rows, test_rows = problems[:N_TRAIN], problems[N_TRAIN:]
@@ -1646,8 +1646,10 @@ def make_tiny_world(folder, distractors=5, warmup=450, effort=0.75, seed=0):
         remove(temporary)  # another process has made the same world meanwhile
 
 
-def tiny_problem(rng, distractors=5):
-    """A row like GSM8K's: one to six steps, and sentences on others that add length and no step."""
+def tiny_problem(rng, distractors=5, filler=0):
+    """A row like GSM8K's: one to six steps, and sentences on others that add length and no step: at
+    most `distractors` of them, and `filler` more for each step that the problem has fewer than six
+    (1 makes all problems about as long, 2 those with the fewest steps the longest)."""
     who, *others = rng.sample(NAMES, 3)
     thing = rng.choice(THINGS)
     number = rng.randint(0, LARGEST)
@@ -1660,7 +1662,8 @@ def tiny_problem(rng, distractors=5):
         story.append(f"On {day} {who} {verb} {abs(change)}.")
         solution.append(f"{day}: {number} {sign} {abs(change)} = {number + change}.")
         number += change
-    for _ in range(rng.randint(0, distractors)):
+    n_distractors = rng.randint(0, distractors) + filler * (len(DAYS) - len(solution))
+    for _ in range(n_distractors):
         sentence = f"{rng.choice(others)} has {rng.randint(0, LARGEST)} {rng.choice(THINGS)}."
         story.insert(rng.randint(1, len(story)), sentence)
     question = " ".join([*story, f"How many {thing} does {who} have now?"])

@@ -1187,6 +1187,21 @@ def test_tiny_problems_are_solved_by_their_own_sentences():
         assert gainrl.extract_answer(row["answer"]) == str(number)
 
 
+def test_filler_makes_problems_of_few_steps_longer():
+    """1: all about as long, a step's sentence being a word longer; 2: the fewest steps the longest."""
+    for filler, longer in (
+        (0, 5),
+        (1, 1),
+        (2, -3),
+    ):  # words with each step: 5, and 4 less by filler
+        lengths = {}
+        for seed in range(300):
+            row = gainrl.tiny_problem(random.Random(seed), distractors=0, filler=filler)
+            lengths.setdefault(row["answer"].count("="), set()).add(len(row["question"].split()))
+        one_step = 4 + 5 + 7 + 5 * 4 * filler  # the story's first sentence, one step, the question
+        assert lengths == {1 + n: {one_step + longer * n} for n in range(6)}
+
+
 def test_section_5_works_elsewhere_with_what_its_head_says(tokenizer, prompts, tmp_path):
     elsewhere = section_elsewhere(5, tmp_path)
     assert elsewhere.encode_prompts(tokenizer, QUESTIONS) == prompts

@@ -102,6 +102,7 @@ def read_peak():
 
 def peak_bytes(work, *inputs):
     """Bytes that work(*inputs) holds at most beyond those held before; None where nobody counts."""
+    release_memory()
     before = reset_peak()
     work(*inputs)
     return None if before is None else read_peak() - before
