@@ -1,9 +1,10 @@
 """GAIN-RL in one file: GRPO that picks its training questions by the angles between token vectors.
 
 From "Angles Don't Lie" (arXiv 2506.02281, NeurIPS 2025). Before training, one forward pass over
-each question gives its angle concentration C: the mean cosine between the hidden states of its
-tokens, plus that between them and those of the prompt before it. The more they point one way, the
-larger the gradient that the question can give. The questions are sorted by C, each batch is drawn
+each question gives its angle concentration C = C_intra + C_inter. C_intra is the mean cosine
+between the hidden states of the question's tokens; C_inter is the mean cosine between the
+question's tokens and those of the prompt before it. The more all of them point one way, the larger
+the gradient that the question can give. The questions are sorted by C, each batch is drawn
 from a Gaussian over the ranks, and the Gaussian moves down the order as fast as the accuracy and
 the angle of the batches allow. The rest is GRPO.
 
@@ -48,8 +49,10 @@ What of GRPO is left out, or chosen, and why:
     - One GPU, and sampling by the same weights in the same process. For several GPUs see
       extras/train_trl.py.
 
-C is computed as the paper defines it, and the Gaussian stops at the last rank; the authors' code
-does neither (README)."""
+Where the paper and the authors' code differ, this file does what the paper says: their code cuts
+the cosine matrix at fixed places, which is not C, and lets the Gaussian run past the last rank
+(README, "Where this differs from the released code"). The constants of the Gaussian are their
+code's; two summaries of the paper give others (README, "The arms")."""
 
 # --- 1. Imports -----------------------------------------------------------------------------------
 
@@ -95,7 +98,7 @@ PRESETS = {  # what each changes of the defaults below, which are those of gsm8k
         "prompts_per_step": 16,
         "max_new_tokens": 64,
         "micro_batch": 128,
-        "lr": 1e-4,
+        "lr": 2e-4,
         "kl": 0.0,
         "eval_every": 10,
         "checkpoint_every": 1,
@@ -112,7 +115,7 @@ class Config:
     """Every setting of a run. `Config(**PRESETS["tiny"])` is what --preset tiny runs."""
 
     preset: str = setting(
-        "gsm8k", "gsm8k or tiny; if not given, tiny if there is no GPU, --model or --dataset"
+        "gsm8k", "gsm8k or tiny; default: tiny without a GPU, unless --model or --dataset is given"
     )
     model: str = setting("Qwen/Qwen2.5-0.5B-Instruct", "hub name or local folder")
     dataset: str = setting(
@@ -211,13 +214,15 @@ def flag(name):
 #     from tqdm import tqdm
 #
 # For a linear layer Y = X W with token rows x_i and upstream gradients g_i,
-#     |dL/dW|_F^2 = sum_ij (x_i . x_j)(g_i . g_j).
-# Where a norm precedes W it fixes |x_i|, so what a prompt itself brings to this sum is the angles
-# between its tokens. The paper measures them after the final norm, in one forward pass.
+#     |dL/dW|_F^2 = sum_ij (x_i . x_j)(g_i . g_j),   x_i . x_j = |x_i| |x_j| cos(theta_ij).
+# The cosines are the part that a forward pass gives before there is any loss: token vectors that
+# point one way allow a large gradient. The paper measures them once, after the final norm, to stand
+# for all layers. That they predict gradients is its claim, which does not follow from the identity;
+# extras/STUDY.md tests it.
 
-# One prompt: ids[:start] is the prefix (system prompt and example), ids[start:end] the question, and
-# ids[end:] closes the user's turn. The prefix is the same text for all questions, but a token that
-# spans its end and the question's beginning counts as question: so `start` may differ by one.
+# One prompt: ids[:start] is the prefix (system prompt and example), ids[start:end] the question,
+# and ids[end:] closes the user's turn. The prefix is the same text for all questions, but a token
+# that spans its end and the question's beginning counts as question: so `start` may differ by one.
 Prompt = namedtuple("Prompt", "ids start end")
 Scores = namedtuple("Scores", "intra inter angle tokens")
 
@@ -230,9 +235,9 @@ def angle_concentration(hidden, prefix_mask, question_mask, include_self=True):
 
     hidden: (B, T, D), any float dtype. Masks: (B, T), bool or 0/1 of any dtype, disjoint; padding,
     on either side, is in neither. A zero vector has cosine 0 with all. Without prefix C_inter is 0.
-    include_self=False leaves out the i = j pairs, whose cosine is 1. In a question of k tokens whose
-    other pairs have the mean c, the i = j pairs raise C_intra by (1 - c)/k, which favours short
-    questions. Without them a question of one token has C_intra 0.
+    include_self=False leaves out the i = j pairs, whose cosine is 1. In a question of k tokens
+    whose other pairs have the mean c, the i = j pairs raise C_intra by (1 - c)/k, which favours
+    short questions. Without them a question of one token has C_intra 0.
     ValueError names a row without a question token."""
     prefix_mask, question_mask = prefix_mask.bool(), question_mask.bool()
     empty_rows = (~question_mask.any(1)).nonzero()
@@ -262,7 +267,8 @@ def run_body(model, ids, attention_mask=None, position_ids=None, cache=None):
     keys and values that now holds these tokens too.
 
     The body is the model without its head. It is called by keyword, because the order of the
-    arguments differs between models. ids: (B, T); attention_mask: (B, cached tokens + T)."""
+    arguments differs between models. ids: (B, T); attention_mask: (B, cached tokens + T), or what
+    make_room calls `bias`."""
     body = model.base_model
     # transformers 5.24 renamed the argument, and the output's field with it, model by model.
     renamed = "cache" in inspect.signature(body.forward).parameters
@@ -291,10 +297,10 @@ def score_prompts(model, prompts, batch_size=64, include_self=True):
     length), each (N,) on the CPU. Unweighted sum: paper, section 3.
 
     One forward pass of the body up to the question's last token: later tokens cannot change its
-    states. The tokens that all prompts begin with are run once, and their cache is copied. Questions
-    of one length share a batch, so nothing is padded. ValueError names, by its place in `prompts`,
-    a question whose score is not finite; and is raised for prompts that do not begin with the same
-    token."""
+    states. The tokens that all prompts begin with are run once, and their cache is copied. Prompts
+    whose questions end at one place share a batch, so nothing is padded. ValueError names, by its
+    place in `prompts`, a question whose score is not finite; and is raised for prompts that do not
+    begin with the same token."""
     device = model.device
     n_prompts = len(prompts)
     intra, inter = torch.zeros(n_prompts), torch.zeros(n_prompts)
@@ -355,10 +361,10 @@ class GaussianCurriculum(torch.utils.data.Sampler):
 
     scores: (N,); `.order` has the highest first, ties by index. step (the paper's n, the unit of
     its moves) and sigma are in ranks. None is 500/7473 and 1000/7473 of N, the constants of the
-    authors' code for GSM8K. By them mu reaches the last rank in some 25 batches and stays there, at
-    the lowest C, for the rest of a run; README, "The arms", has other readings of the paper.
-    sigma = inf draws uniformly. target is the paper's beta. Iterating yields batches without end: a
-    `batch_sampler`.
+    authors' code for GSM8K. They are fast: mu reaches the last rank in some 25 batches, and the
+    rest of a run draws from the lowest C. Two summaries of the paper give half the batch as n and
+    0.5 as gamma, with which mu takes hundreds of batches: README, "The arms". sigma = inf draws
+    uniformly. target is the paper's beta. Iterating yields batches without end: a `batch_sampler`.
     ValueError for N < batch_size, for a score that is not finite, and for a step or sigma that is
     not above 0."""
 
@@ -396,8 +402,8 @@ class GaussianCurriculum(torch.utils.data.Sampler):
         return -0.5 * ((rank - self.mean) / self.sigma) ** 2
 
     def probabilities(self):
-        """(N,) float64 over ranks; sums to 1 even where every density rounds to 0. To look at:
-        sample() needs the logarithms only."""
+        """(N,) float64 over ranks, to inspect or plot; sums to 1 even where every density rounds to
+        0. sample() itself works on the logarithms."""
         return self.log_density().softmax(0)
 
     def sample(self):
@@ -416,11 +422,11 @@ class GaussianCurriculum(torch.utils.data.Sampler):
     def update(self, accuracy, angle):
         """Move the mean by the accuracy (0 to 1) and the mean C of the batch just trained on:
 
-            mu <- mu + n S(alpha (accuracy - beta)) + n S(gamma C),   S(z) = 2 sigmoid(2z) - 1
+            mu <- min(N - 1, mu + n max(0, S(alpha (accuracy - beta)) + S(gamma C)))
 
-        and S is another way to write tanh. Like the authors' code, it never moves backwards; unlike
-        it, it stops at the last rank. Returns the mean. ValueError for NaN, and for an accuracy
-        outside [0, 1]."""
+        with S(z) = 2 sigmoid(2z) - 1 = tanh(z). The max is from the authors' code: the mean never
+        moves backwards. The min is ours: it stops at the last rank. Returns the mean. ValueError
+        for NaN, and for an accuracy outside [0, 1]."""
         if not (0 <= accuracy <= 1 and math.isfinite(angle)):
             raise ValueError(f"accuracy {accuracy} must be in [0, 1] and angle {angle} finite")
         move = math.tanh(self.alpha * (accuracy - self.target)) + math.tanh(self.gamma * angle)
@@ -525,7 +531,8 @@ def encode_prompts(tokenizer, questions, template=None):
     """The Prompt of each question (strings).
 
     template: the (head, tail) that a resumed run has kept, because a template may write today's
-    date. If None it is rendered now; ValueError then names a question that the template rewrites."""
+    date. If None it is rendered now; ValueError then names a question that the template
+    rewrites."""
     questions = [question.strip() for question in questions]
     head, tail = template or render_template(tokenizer)
     # Joined here, so that it is known where a question's characters are.
@@ -574,18 +581,19 @@ def end_of_turn(tokenizer):
 
 # Read as numbers: $1,000  1{,}000  \textbf{1000}  x = 1000 apples  -\$5  negative 5  50\%
 # No answers, for there is more than one number to them: 1/2  3 million  2, 5  5!  2^5  \pm 5
-BRACED = r"[^{}]*"  # a text whose braces are balanced, here at most eight deep
+BRACED = r"[^{}]*"  # a text without braces; after the loop, one with balanced braces, to depth 8
 for _ in range(8):
     BRACED = rf"[^{{}}]*(?:\{{{BRACED}\}}[^{{}}]*)*"
 BOX = re.compile(rf"\\boxed\s*(\{{{BRACED}\}}|[^\s{{}}\\][^\n{{}}\\]*|)")  # {42}, 42 or unclosed
-LINE = re.compile(r"####[\s*]*([^\s*#A-Za-z].*)")  # what begins with a word is a heading
+LINE = re.compile(r"####[\s*]*([^\s*#A-Za-z].*)")  # "#### Step 2" is a heading, no answer
 # Typeset text shows no font commands and no braces, except \{ and \}: \textbf{1{,}000} reads 1,000.
 FONT = r"boxed|[fm]box|emph|underline|boldsymbol|bm|bf|rm|displaystyle|(?:text|math)(?:[a-z]{2})?"
-# Hidden are fonts; colours; a brace without a backslash before it, or behind the \\ of a line break;
-# and \!, a space of negative width.
-BRACE = r"[{}](?<!\\.)|(?<=(?<!\\)\\\\)[{}]"
+# Hidden are fonts, colours, braces that group, and \!, a space of negative width. A brace groups if
+# no backslash stands before it, or two, which are a line break: {5} and \\{5}, but not \{5\}.
+BRACE = r"(?<!\\)[{}]|(?<=(?<!\\)\\\\)[{}]"
 HIDDEN = re.compile(rf"\\({FONT})(?![a-z])|\\(text)?color\{{[a-z]+\}}|{BRACE}|\\!")
-# A GAP may stand between sign, number and unit, but not inside the number: 5(6) is not 56.
+# A GAP may stand between sign, number and unit, but not inside the number: 5(6) is not 56. Its last
+# two symbols are end tokens that a model has spelled out as ordinary text.
 SYMBOL = r"""(?:\\|\\left|\\right)?[$¢£¥\u20a0-\u20bf%°()\[\]"'`“”‘’]|\*\*|<\|\w+\|>|</s>"""
 GAP = rf"(?:\s|~|\\[ ,:;]|\\\\(?![A-Za-z])|\^?\\(?:circ|degree|pounds|euro|q?quad)|{SYMBOL})*"
 COMMA = r",(?:\\,)?|\\[ ,:;]|[ ~'’\uff0c\u00a0\u2009\u202f]"  # \u: a wide comma, narrow spaces
@@ -593,12 +601,16 @@ GROUPED = rf"[1-9][0-9]{{0,2}}(?P<comma>{COMMA})[0-9]{{3}}(?:(?P=comma)[0-9]{{3}
 NUMBER = rf"(?=\.?[0-9])(?P<number>(?:{GROUPED}|[0-9]*)(?:\.[0-9]+)?)"
 MINUS = r"(?P<minus>[-\u2010-\u2013\u2212\uff0d]|(?i:minus|negative))"  # a dash may be a minus
 SIGNED = rf"(?:(?:[A-Za-z]+{GAP})?={GAP})?(?:(?:\+|{MINUS}){GAP})?{NUMBER}"  # "x = -5", too
-# A word is a unit, unless it changes the number or is so short that it may be a factor: 5xy, 5k.
-COUNT = "(?:two|three|four|fort|fi[fv]|six|seven|eigh|nin|tenth|elev|twe[ln]|thir|recur)[a-z]*"
-SCALE = "(?:hundred|thou|[a-z]*illion|dozen|lakh|crore|repeat|hal[fv]|quarter)[a-z]*|[mb]ln|grand"
-OTHER = "one|ten|mil|score|gross|and|plus|minus|negative|over|below|point|squared|cubed|factorial"
+# A word is a unit, unless it changes the number, or is so short that it may be a factor: 5xy, 5k.
+# STEM: with any ending, as in twentieth, halves, billions. The others only as whole words: ten is
+# also how tents begin. Up to twelve words may follow the number; more are a sentence.
+COUNT = "two|three|four|fort|fi[fv]|six|seven|eigh|nin|tenth|elev|twe[ln]|thir"
+SCALE = "hundred|thou|[a-z]*illion|dozen|lakh|crore|hal[fv]|quarter|recur|repeat"
+STEM = f"(?:{COUNT}|{SCALE})[a-z]*"
+WHOLE = "one|ten|mil|[mb]ln|grand|score|gross"
+OPERATION = "and|plus|minus|negative|over|below|point|squared|cubed|factorial"
 SHORT = "cm|mm|km|kg|mg|m[lL]|ft|in|yd|mi|lb|oz|hr|[aApP][mM]|sq|of|(?<![0-9])[mghsLCF]"
-UNIT = rf"/?(?!(?i:{COUNT}|{SCALE}|{OTHER})\b)(?:[A-Za-z]{{3,}}|{SHORT})(?![A-Za-z])\.?"
+UNIT = rf"/?(?!(?i:{STEM}|{WHOLE}|{OPERATION})\b)(?:[A-Za-z]{{3,}}|{SHORT})(?![A-Za-z])\.?"
 ANSWER = re.compile(rf"{GAP}{SIGNED}{GAP}(?P<unit>(?:{UNIT}{GAP}){{0,12}})(?:[.,;:]{GAP})?")
 
 
@@ -611,7 +623,7 @@ def extract_answer(text):
     answer = ANSWER.fullmatch(content)
     balanced = all(content.count(a) == content.count(b) for a, b in ("()", "[]"))
     if answer is None or not balanced or (answer["unit"] and pattern is LINE):
-        return None  # a unit behind #### may be a heading: #### 2 apples
+        return None  # with a unit, the line may be a heading: #### 2 apples
     whole, _, fraction = re.sub("[^0-9.]", "", answer["number"]).partition(".")
     number = (whole.lstrip("0") or "0") + f".{fraction}".rstrip("0").rstrip(".")
     return "-" + number if answer["minus"] and number != "0" else number
@@ -677,9 +689,9 @@ def end_tokens(model, tokenizer):
 def choose_token(logits, temperature, generator, rows, n_rows):
     """The next token of each row, (B, 1): the likeliest, or a draw if there is a generator.
 
-    The draw is argmax of p / Exponential(1): torch.multinomial draws so too, but first checks p, and
-    the host would wait for the GPU's answer. The exponentials are drawn for all n_rows rows of the
-    batch, and those of `rows` are used: so leaving rows out changes no other draw."""
+    The draw is argmax of p / Exponential(1): torch.multinomial draws so too, but first checks p,
+    and the host would wait for the GPU's answer. The exponentials are drawn for all n_rows rows of
+    the batch, and those of `rows` are used: so leaving rows out changes no other draw."""
     if generator is None:
         return logits.argmax(-1, keepdim=True)
     probabilities = (logits.float() / temperature).softmax(-1)
@@ -732,8 +744,8 @@ def decode_growing(model, cache, hidden, ids, attention_mask, ends, config, gene
     """Complete the rows: write up to max_new_tokens tokens to the last columns of ids, and set
     attention_mask True there; both (B, T). hidden: (B, D), the prompts' last states.
 
-    The cache grows by a token a step. Where rows have ended, they leave the batch once they are
-    half of it."""
+    The cache grows by a token a step. Once half of the rows in the batch have ended, these leave
+    it."""
     lm_head = model.get_output_embeddings()
     n_rows, length = ids.shape
     rows = torch.arange(n_rows, device=ids.device)  # those still in the batch
@@ -917,9 +929,10 @@ def grpo_loss(logprobs, old_logprobs, advantages, mask, clip=0.2, reference_logp
         r = exp(logprobs - old_logprobs),  k3 = exp(d) - d - 1,  d = reference_logprobs - logprobs
 
     advantages: (B,), the rest (B, completion length); mask: bool or 0/1 of any dtype. What it
-    leaves out, even an infinity, changes neither loss nor gradient. k3 is never negative, and
-    unbiased (the "low-variance" estimator of the authors' scripts). stats: two floats, kl (the mean
-    of k3, before it is weighted) and clip_fraction."""
+    leaves out, even an infinity, changes neither loss nor gradient. k3, the "low-variance"
+    estimator of the authors' scripts, is never negative, and over samples of the policy its mean is
+    KL(policy || reference). stats: two floats, kl (the mean of k3, before it is weighted) and
+    clip_fraction."""
     mask = mask.bool()
     # Masked before exp: the gradient of exp(inf) would be NaN even where a later mask drops it.
     log_ratio = torch.where(mask, logprobs - old_logprobs, 0.0)
@@ -951,6 +964,32 @@ def trim(rollout, rows):
     return rollout.ids[rows][:, used], attention_mask[:, used], completion_mask
 
 
+def micro_batch_loss(model, reference, rollout, advantages, rows, old_logprobs, config):
+    """grpo_loss of some rows of a Rollout: (loss, stats, old_logprobs). advantages: (P, G), of all
+    rows. old_logprobs: those of these rows under the policy that sampled; None while the weights
+    are still the ones that sampled: then the pass itself gives them."""
+    ids, attention_mask, completion_mask = trim(rollout, rows)
+    prompt_index = rows // advantages.shape[1]
+    inputs = (ids, attention_mask, completion_mask.shape[1], config.temperature, prompt_index)
+    logprobs = completion_logprobs(model, *inputs)
+    reference_logprobs = None
+    if config.kl:
+        with torch.no_grad():
+            reference_logprobs = completion_logprobs(reference, *inputs)
+    if old_logprobs is None:
+        old_logprobs = logprobs.detach()
+    loss, stats = grpo_loss(
+        logprobs,
+        old_logprobs,
+        advantages.flatten()[rows],
+        completion_mask,
+        config.clip,
+        reference_logprobs,
+        config.kl,
+    )
+    return loss, stats, old_logprobs
+
+
 def grpo_update(model, reference, optimizer, rollout, advantages, config):
     """config.updates gradient steps on a Rollout; the loss, grad_norm, kl and clip_fraction of the
     last one. advantages: (P, G). reference may be None if config.kl is 0.
@@ -959,45 +998,24 @@ def grpo_update(model, reference, optimizer, rollout, advantages, config):
     completions whose advantage is 0 have no gradient, and are left out of the work.
     FloatingPointError, before its step is taken, for a loss or gradient that is not finite."""
     n_tokens = rollout.completion_mask.sum().item()
-    group_size = advantages.shape[1]
-    advantages = advantages.flatten().to(rollout.ids.device)
-    rows = torch.arange(len(advantages), device=rollout.ids.device)
+    advantages = advantages.to(rollout.ids.device)
+    worked_rows = torch.arange(advantages.numel(), device=rollout.ids.device)
     if not config.kl:
-        rows = rows[advantages != 0]
-    micro_batches = [part for part in rows.split(config.micro_batch) if len(part)]
-    old_logprobs = []  # of each micro-batch, under the policy that sampled
-    for update in range(config.updates):
+        worked_rows = worked_rows[advantages.flatten() != 0]
+    micro_batches = [rows for rows in worked_rows.split(config.micro_batch) if len(rows)]
+    old_logprobs = [None] * len(micro_batches)
+    for _ in range(config.updates):
         stats = {"loss": 0.0, "kl": 0.0, "clip_fraction": 0.0}
-        # Zeros, not None: AdamW skips parameters whose grad is None, and a batch in which every
-        # advantage is 0 is still to move them by its momentum.
+        # Zeros, not None: AdamW skips parameters whose grad is None. So a batch in which all
+        # advantages are 0 does what it would do if its rows were not left out: a step by AdamW's
+        # momentum.
         for parameter in model.parameters():
             parameter.grad = torch.zeros_like(parameter)
         for number, rows in enumerate(micro_batches):
-            ids, attention_mask, completion_mask = trim(rollout, rows)
-            inputs = (
-                ids,
-                attention_mask,
-                completion_mask.shape[1],
-                config.temperature,
-                rows // group_size,
+            loss, loss_stats, old_logprobs[number] = micro_batch_loss(
+                model, reference, rollout, advantages, rows, old_logprobs[number], config
             )
-            logprobs = completion_logprobs(model, *inputs)
-            reference_logprobs = None
-            if config.kl:
-                with torch.no_grad():
-                    reference_logprobs = completion_logprobs(reference, *inputs)
-            if update == 0:  # the weights are still those that sampled
-                old_logprobs.append(logprobs.detach())
-            loss, loss_stats = grpo_loss(
-                logprobs,
-                old_logprobs[number],
-                advantages[rows],
-                completion_mask,
-                config.clip,
-                reference_logprobs,
-                config.kl,
-            )
-            share = completion_mask.sum().item() / n_tokens
+            share = rollout.completion_mask[rows].sum().item() / n_tokens
             (loss * share).backward()
             stats["loss"] += share * loss.item()
             stats["kl"] += share * loss_stats["kl"]
@@ -1134,7 +1152,9 @@ def load_task(config, run):
 
 
 def load_model(name, device):
-    """Model and tokenizer of a hub name or local folder. Weights float32; no dropout."""
+    """Model and tokenizer of a hub name or local folder. Weights float32; no dropout. ValueError if
+    they cannot be loaded, or if the weights are quantised, which can be neither trained nor
+    saved."""
     try:
         model = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
         # tokenizer.json as it is: AutoTokenizer swaps in its own splitting rules for some models.
@@ -1144,6 +1164,8 @@ def load_model(name, device):
         if Path(name).is_dir():
             hint = f"wanted are config.json, model.safetensors and tokenizer.json, {contents(name)}"
         raise ValueError(f"cannot load --model {name}: {hint} ({error!r:.300})") from error
+    if hasattr(model.config, "quantization_config"):
+        raise ValueError(f"--model {name} is quantised: take the model that it was made from")
     # cuDNN's attention has NaN gradients for some lengths of masked rows (pytorch issue 196678).
     torch.backends.cuda.enable_cudnn_sdp(False)
     return model.to(device).eval(), tokenizer
@@ -1156,6 +1178,8 @@ def context_limit(model):
     longer than original_max_position_embeddings; cached keys would be wrong from there on."""
     config = model.config.get_text_config()
     limits = [getattr(config, "max_position_embeddings", None) or math.inf]
+    # Of one kind, with its rope_type (which transformers fills in); or a dictionary for each type
+    # of layer, where there are several.
     parameters = getattr(config, "rope_parameters", None) or {}
     per_layer_type = [parameters] if "rope_type" in parameters else parameters.values()
     for rope in per_layer_type:
@@ -1260,8 +1284,8 @@ def find_fault(row):
     return None
 
 
-# On --resume these may differ: they change memory or length, not what is computed. The device is
-# not among them: another one rounds differently, and has its own random numbers.
+# On --resume these may differ: they change memory or length, and results by no more than rounding.
+# The device is not among them: another one draws other random numbers.
 MAY_CHANGE = ("steps", "micro_batch", "score_batch", "checkpoint_every")
 
 
@@ -1282,7 +1306,8 @@ class RunFolder:
         self.config = config
         self.path = Path(config.run_dir)
         self.lock = filelock.FileLock(self.path / ".lock")  # freed however the process ends
-        self.settings = asdict(config)  # without where it is: a run may be moved
+        self.settings = asdict(config)
+        # A run may be moved: where it is, is none of its settings.
         del self.settings["run_dir"], self.settings["resume"]
         self.template = None
         self.metrics, self.samples = [], []
@@ -1329,16 +1354,16 @@ class RunFolder:
 
     def __exit__(self, *exception):
         """Give the directory back, without a trace if nothing was written."""
-        # Deleted before it is released: FileLock, when another process gets the lock, looks whether
-        # its file is still there, and otherwise makes a new one.
+        # Delete first, then release. Another process may hold the deleted file open and get its
+        # lock now; FileLock then sees that the file is gone, and starts again with a new one.
         Path(self.lock.lock_file).unlink(missing_ok=True)
         self.lock.release()
         if not any(self.path.iterdir()):
             self.path.rmdir()
 
     def check_data(self, problems, template):
-        """ValueError if a resumed run has other questions or answers than it was started with. Notes
-        their hash, and the rendered template, for config.json."""
+        """ValueError if a resumed run has other questions or answers than it was started with.
+        Notes their hash, and the rendered template, for config.json."""
         texts = [[problem["question"], problem["answer"]] for problem in problems]
         data_hash = hashlib.sha256(json.dumps(texts).encode()).hexdigest()
         if self.settings.get("data_sha256", data_hash) != data_hash:
@@ -1536,8 +1561,8 @@ class Stopped(KeyboardInterrupt):
 
 
 def stop_at_once(signum, frame):
-    """The handler of SIGTERM outside the training loop, which has GracefulStop. Installed where this
-    file is run as a program, at its end."""
+    """The handler of SIGTERM outside the training loop, which has GracefulStop. Installed where
+    this file is run as a program, at its end."""
     raise Stopped(signum)
 
 
@@ -1647,9 +1672,9 @@ def make_tiny_world(folder, distractors=5, filler=0, warmup=450, effort=0.75, se
 
 
 def tiny_problem(rng, distractors=5, filler=0):
-    """A row like GSM8K's: one to six steps, and sentences on others that add length and no step: at
-    most `distractors` of them, and `filler` more for each step that the problem has fewer than six
-    (1 makes all problems about as long, 2 those with the fewest steps the longest)."""
+    """A row like GSM8K's, of one to six steps. Sentences about other people add length and no step:
+    up to `distractors` of them, and for each step short of six another `filler`. With filler 1 all
+    problems are about equally long, with 2 those with the fewest steps are the longest."""
     who, *others = rng.sample(NAMES, 3)
     thing = rng.choice(THINGS)
     number = rng.randint(0, LARGEST)
@@ -1711,13 +1736,12 @@ def warm_up(model, tokenizer, problems, rng, steps, effort):
 
     Supervised steps on worked solutions. In the last quarter a problem with n steps keeps its
     solution with probability effort**n. Otherwise it gets a guess, the number that the story starts
-    with, which is mostly wrong: so the model guesses more often where the problem is longer."""
+    with, which is mostly wrong: so the model guesses more often where a problem has more steps."""
     head, tail = render_template(tokenizer)
     prefix = tokenizer(head, return_tensors="pt")["input_ids"]
     matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
     others = [p for name, p in model.named_parameters() if p.ndim == 1 or "embed" in name]
-    # AdamW alone takes three times the steps, and Muon with its usual momentum, 0.95, half as many
-    # more.
+    # AdamW alone takes three times the steps; Muon with the usual momentum, 0.95, 1.5 times.
     optimizers = [
         torch.optim.Muon(matrices, 0.02, weight_decay=0.0, momentum=0.8),
         torch.optim.AdamW(others, 3e-3, weight_decay=0.0),
@@ -1806,8 +1830,8 @@ def main(argv=None):
         return 0
     except torch.OutOfMemoryError as error:
         hint = (
-            "lower --micro-batch or --score-batch, or, if it was sampling, start another run with a "
-            "lower --prompts-per-step"
+            "lower --micro-batch or --score-batch, or, if it was sampling, start another run with "
+            "a lower --prompts-per-step"
         )
         reason = str(error).partition("\n")[0]
         report(f"out of memory: {hint}; {how_to_continue(run_dir)} ({reason:.200})")

