@@ -3,10 +3,11 @@
 From "Angles Don't Lie" (arXiv 2506.02281, NeurIPS 2025). Before training, one forward pass over
 each question gives its angle concentration C = C_intra + C_inter. C_intra is the mean cosine
 between the hidden states of the question's tokens; C_inter is the mean cosine between the
-question's tokens and those of the prompt before it. The more all of them point one way, the larger
-the gradient that the question can give. The questions are sorted by C, each batch is drawn
-from a Gaussian over the ranks, and the Gaussian moves down the order as fast as the accuracy and
-the angle of the batches allow. The rest is GRPO.
+question's tokens and the prefix: what stands before the question in its prompt, which is a system
+prompt and an example. The more all of them point one way, the larger the gradient that the question
+can give. The questions are sorted by C, each batch is drawn from a Gaussian over the ranks, and the
+Gaussian moves down the order as fast as the accuracy and the angle of the batches allow. The rest
+is GRPO.
 
     python gainrl.py                              Qwen2.5-0.5B on GSM8K; without a GPU, a toy (tiny)
     python gainrl.py --curriculum uniform         plain GRPO, uniform draws; --help lists the others
@@ -193,7 +194,9 @@ def check(config):
         if not holds:
             raise ValueError(f"{flag(name)} {getattr(config, name)}: must be {wanted}")
     if config.model == TINY_WORLD and config.dataset != TINY_WORLD:
-        raise ValueError("the tiny world's model knows no other words: name a --model as well")
+        raise ValueError(
+            "--dataset without --model: the tiny world's model knows only the words of its own data"
+        )
     try:
         torch.zeros(1, device=config.device).item()
     except Exception as error:  # another one for each kind of device
@@ -267,8 +270,9 @@ def run_body(model, ids, attention_mask=None, position_ids=None, cache=None):
     keys and values that now holds these tokens too.
 
     The body is the model without its head. It is called by keyword, because the order of the
-    arguments differs between models. ids: (B, T); attention_mask: (B, cached tokens + T), or what
-    make_room calls `bias`."""
+    arguments differs between models. ids: (B, T); attention_mask: (B, cached tokens + T), True for
+    tokens that may be seen; or, ready to be added to the attention scores, (B, 1, T, cached tokens
+    + T) of 0 for those and a very negative number for the others."""
     body = model.base_model
     # transformers 5.24 renamed the argument, and the output's field with it, model by model.
     renamed = "cache" in inspect.signature(body.forward).parameters
@@ -579,19 +583,22 @@ def end_of_turn(tokenizer):
     return None
 
 
-# Read as numbers: $1,000  1{,}000  \textbf{1000}  x = 1000 apples  -\$5  negative 5  50\%
+# Read as numbers in a box: $1,000  1{,}000  \textbf{1000}  x = 1000 apples  -\$5  negative 5  50\%
 # No answers, for there is more than one number to them: 1/2  3 million  2, 5  5!  2^5  \pm 5
+# A line `#### 1,000` is read in the same way, but may have no words: it may be a heading.
 BRACED = r"[^{}]*"  # a text without braces; after the loop, one with balanced braces, to depth 8
 for _ in range(8):
     BRACED = rf"[^{{}}]*(?:\{{{BRACED}\}}[^{{}}]*)*"
 BOX = re.compile(rf"\\boxed\s*(\{{{BRACED}\}}|[^\s{{}}\\][^\n{{}}\\]*|)")  # {42}, 42 or unclosed
-LINE = re.compile(r"####[\s*]*([^\s*#A-Za-z].*)")  # "#### Step 2" is a heading, no answer
+LINE = re.compile(r"####[\s*]*([^\s*#A-Za-z].*)")  # not "#### Step 2"
 # Typeset text shows no font commands and no braces, except \{ and \}: \textbf{1{,}000} reads 1,000.
 FONT = r"boxed|[fm]box|emph|underline|boldsymbol|bm|bf|rm|displaystyle|(?:text|math)(?:[a-z]{2})?"
-# Hidden are fonts, colours, braces that group, and \!, a space of negative width. A brace groups if
-# no backslash stands before it, or two, which are a line break: {5} and \\{5}, but not \{5\}.
-BRACE = r"(?<!\\)[{}]|(?<=(?<!\\)\\\\)[{}]"
-HIDDEN = re.compile(rf"\\({FONT})(?![a-z])|\\(text)?color\{{[a-z]+\}}|{BRACE}|\\!")
+# Hidden are fonts, colours, braces that group, and \!, a space of negative width.
+BRACE = r"(?<!\\)[{}]"  # {5} groups, \{5\} is shown
+BRACE_IN_NEW_LINE = r"(?<=(?<!\\)\\\\)[{}]"  # \\{5}: two backslashes are a line break
+HIDDEN = re.compile(
+    rf"\\({FONT})(?![a-z])|\\(text)?color\{{[a-z]+\}}|{BRACE}|{BRACE_IN_NEW_LINE}|\\!"
+)
 # A GAP may stand between sign, number and unit, but not inside the number: 5(6) is not 56. Its last
 # two symbols are end tokens that a model has spelled out as ordinary text.
 SYMBOL = r"""(?:\\|\\left|\\right)?[$¢£¥\u20a0-\u20bf%°()\[\]"'`“”‘’]|\*\*|<\|\w+\|>|</s>"""
@@ -602,6 +609,7 @@ NUMBER = rf"(?=\.?[0-9])(?P<number>(?:{GROUPED}|[0-9]*)(?:\.[0-9]+)?)"
 MINUS = r"(?P<minus>[-\u2010-\u2013\u2212\uff0d]|(?i:minus|negative))"  # a dash may be a minus
 SIGNED = rf"(?:(?:[A-Za-z]+{GAP})?={GAP})?(?:(?:\+|{MINUS}){GAP})?{NUMBER}"  # "x = -5", too
 # A word is a unit, unless it changes the number, or is so short that it may be a factor: 5xy, 5k.
+# Short units are those of SHORT, and letters alone only behind a space: 5 m, but not 5m.
 # STEM: with any ending, as in twentieth, halves, billions. The others only as whole words: ten is
 # also how tents begin. Up to twelve words may follow the number; more are a sentence.
 COUNT = "two|three|four|fort|fi[fv]|six|seven|eigh|nin|tenth|elev|twe[ln]|thir"
@@ -780,8 +788,8 @@ def fits_in_place(model, cache):
 
 
 class InPlaceLayer(DynamicLayer):
-    """A layer of a cache with room for `room` tokens more: the keys and values of a new one are
-    written to `column`, a tensor (1,), which all layers share."""
+    """A layer of a cache with room for `room` tokens more. The keys and values of each next token
+    are written in place. Where, says `column`: a tensor (1,), an index, which all layers share."""
 
     def __init__(self, layer, room, column):
         super().__init__()
@@ -819,10 +827,12 @@ def decode_in_place(model, cache, hidden, ids, attention_mask, ends, config, gen
     Launching the thousand kernels of a step takes the host longer than the GPU needs to run them.
     A CUDA graph is a recording of a step, launched at once; but it repeats the very same kernels
     on the very same memory. So nothing here changes its shape or place, what changes from step to
-    step is in tensors, and the host looks at none of them but every LOOK_EVERY steps."""
+    step is in tensors, and the host looks at none of them but every LOOK_EVERY steps. Rows that have
+    ended stay in the batch; what they write, attention_mask leaves out."""
     lm_head = model.get_output_embeddings()
     n_rows, length = ids.shape
-    room = config.max_new_tokens + -length % 16  # attention kernels want aligned rows
+    spare = -length % 16  # attention kernels want a cache whose length is a multiple of 16
+    room = config.max_new_tokens + spare
     column, bias = make_room(cache, attention_mask[:, : length - config.max_new_tokens], room)
     position_ids = attention_mask.sum(1, keepdim=True) - 1
     token = torch.empty_like(position_ids)
@@ -1178,8 +1188,8 @@ def context_limit(model):
     longer than original_max_position_embeddings; cached keys would be wrong from there on."""
     config = model.config.get_text_config()
     limits = [getattr(config, "max_position_embeddings", None) or math.inf]
-    # Of one kind, with its rope_type (which transformers fills in); or a dictionary for each type
-    # of layer, where there are several.
+    # rope_parameters is a dictionary with a rope_type (which transformers fills in); or, in models
+    # with several types of layers, it holds one for each type.
     parameters = getattr(config, "rope_parameters", None) or {}
     per_layer_type = [parameters] if "rope_type" in parameters else parameters.values()
     for rope in per_layer_type:
@@ -1673,8 +1683,9 @@ def make_tiny_world(folder, distractors=5, filler=0, warmup=450, effort=0.75, se
 
 def tiny_problem(rng, distractors=5, filler=0):
     """A row like GSM8K's, of one to six steps. Sentences about other people add length and no step:
-    up to `distractors` of them, and for each step short of six another `filler`. With filler 1 all
-    problems are about equally long, with 2 those with the fewest steps are the longest."""
+    up to `distractors` of them, and `filler` more for each step that the problem has less than six.
+    With filler 1 all problems are about equally long, with 2 those with the fewest steps are the
+    longest."""
     who, *others = rng.sample(NAMES, 3)
     thing = rng.choice(THINGS)
     number = rng.randint(0, LARGEST)
@@ -1803,7 +1814,7 @@ def parse_config(argv=None):
         base = {name: value for name, value in record.items() if name in names}
     else:
         preset = named.get("preset") or default_preset(named)
-        base = PRESETS.get(preset, {})  # check() refuses another
+        base = PRESETS.get(preset, {})  # check() refuses an unknown name
     return Config(**{**base, **named})
 
 

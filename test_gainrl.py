@@ -2127,7 +2127,7 @@ def test_config_json_has_all_settings_and_a_resumed_run_has_the_same(
 ):
     record = read_json(whole_run / "config.json")
     settings = gainrl.parse_config([*small_run, "--run-dir", str(whole_run), "--steps", "8"])
-    assert settings.lr == 1e-4 and settings.dataset == str(small_dataset)
+    assert settings.lr == 2e-4 and settings.dataset == str(small_dataset)
     for name, value in vars(settings).items():
         if name not in ("run_dir", "resume"):  # a run may be moved
             assert record[name] == value
