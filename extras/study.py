@@ -460,32 +460,27 @@ def rate_table(claims, others, runs, size):
 def speedup_table(setting, measures, rates):
     """The arms of a setting: with all seeds the intervals, with one seed the numbers alone."""
     heads = ["arm", "rate", "runs", "steps", "reached", "last accuracy", "speed-up over uniform"]
-    rows = [[*heads, "t interval", "share of the ceiling", "speed-up over length"]]
+    heads += ["t interval", "share of the ceiling", "speed-up over length", "over shuffled"]
+    rows = [heads]
     full = measures[setting, "uniform"].steps.shape[1]
     for arm in ALL_ARMS:
         ours = measures[setting, arm]
         n_runs, n_seeds = ours.steps.numel(), ours.steps.shape[1]
         row = [arm, f"{rates[setting, arm]:.0e}", n_runs, f"{ours.steps.mean():.1f}"]
         row += [f"{ours.reached.sum():.0f}", f"{ours.last.mean():.3f}"]
-        uniform, length, dynamic = (
-            measures[setting, name].steps[:, :n_seeds] for name in ("uniform", "length", "dynamic")
+        uniform, length, shuffled, dynamic = (
+            measures[setting, name].steps[:, :n_seeds]
+            for name in ("uniform", "length", "shuffled", "dynamic")
         )
-        if arm == "uniform":
-            row += ["", "", ""]
-        elif n_seeds < full or full == 1:
-            row += [f"{speedup(uniform, ours.steps):.2f}", "", ""]
+        if n_seeds < full or full == 1:
+            row += [f"{speedup(uniform, ours.steps):.2f}", "", "", "", ""]
         else:
             low, high = t_interval(uniform, ours.steps)
             row.append(with_interval(*bootstrap(speedup, uniform, ours.steps)))
             row.append(f"[{low:.2f}, {high:.2f}]")
-            share = ""
-            if arm != "dynamic":
-                share = with_interval(*bootstrap(ceiling_share, uniform, ours.steps, dynamic))
-            row.append(share)
-        if arm == "length" or n_seeds < full or full == 1:
-            row.append("")
-        else:
+            row.append(with_interval(*bootstrap(ceiling_share, uniform, ours.steps, dynamic)))
             row.append(with_interval(*bootstrap(speedup, length, ours.steps)))
+            row.append(with_interval(*bootstrap(speedup, shuffled, ours.steps)))
         rows.append(row)
     return rows
 

@@ -554,6 +554,7 @@ def test_tables_and_figures_of_made_up_runs(tmp_path, monkeypatch, capsys):
     share = (3.58 - 3.58 / 3) / (3.58 - 3.58 / 4)
     line = next(line for line in printed.splitlines() if line.startswith("| angle | 2e-04 | 4 |"))
     assert f"| 1.2 | 4 | 1.000 | {angle:.2f} [" in line and f"| {share:.2f} [" in line
+    assert line.count("| 1.50 [") == 2  # over length and shuffled: 1.84 and 1.74 steps each
     assert "| dynamic | 2e-04 | 4 | 0.9 | 4 | 1.000 | 3.58 [" in printed
     assert "| reversed | 2e-04 | 2 | 1.8 | 2 | 0.810 | 2.00 |" in printed  # seed 0 alone
     assert "| scarcest, batches of 4 | signal / noise | 0.15 (0.10 to 0.20) |" in printed
