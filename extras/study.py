@@ -226,9 +226,11 @@ def run_all(pool, folder, plan, size, title):
     return {key: future.result() for key, future in tqdm(futures.items(), desc=title)}
 
 
-def make_worlds(pool, folder, size):
+def make_worlds(pool, folder, settings, size):
+    """The base models of the settings' worlds, and their data."""
+    worlds = dict.fromkeys(setting.world for setting in settings)
     futures = []
-    for world, base in itertools.product(WORLDS, range(size.bases)):
+    for world, base in itertools.product(worlds, range(size.bases)):
         options = {**WORLDS[world], "warmup": size.warmup, "seed": base}
         place = folder / f"{world}-{base}"
         futures.append(pool.submit(quietly, gainrl.make_tiny_world, place, **options))
@@ -435,7 +437,9 @@ def print_table(title, rows):
 
 
 def with_interval(value, low, high):
-    """1.21 [1.05, 1.35], as text."""
+    """1.21 [1.05, 1.35], as text; a share of nothing is "undefined"."""
+    if not math.isfinite(value):
+        return "undefined"
     return f"{value:.2f} [{low:.2f}, {high:.2f}]"
 
 
@@ -682,7 +686,7 @@ def study_curricula(claims, others, size, folder, figures):
     began = time.perf_counter()
     print(describe_machine(), end="\n\n", flush=True)
     with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
-        make_worlds(pool, folder, size)
+        make_worlds(pool, folder, (*claims, *others), size)
         tuning = run_all(pool, folder, plan_tuning(claims, others, size), size, "learning rates")
         rates = choose_rates(claims, others, tuning, size)
         plan = plan_reported(claims, rates, size)

@@ -425,6 +425,8 @@ def test_speedups_by_hand():
     assert study.speedup(uniform, dynamic).item() == pytest.approx(math.sqrt(20 * 2))  # 0 as 1
     saved, by_dynamic = (10 - 15) / 2, (20 + 2.5) / 2
     assert study.ceiling_share(uniform, arm, dynamic).item() == pytest.approx(saved / by_dynamic)
+    of_nothing = study.bootstrap(study.ceiling_share, uniform, arm, uniform)
+    assert study.with_interval(*of_nothing) == "undefined"
 
 
 def test_partial_correlation_is_that_of_residuals():
