@@ -79,7 +79,8 @@ def draw(runs):
         panel.xaxis.get_major_locator().set_params(integer=True)
         panel.grid(alpha=0.3)
         panel.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside lower center", ncols=min(len(runs), 4), frameon=False)
+    title = f"faint: each step; strong: mean of the last {WINDOW}"
+    figure.legend(loc="outside lower center", ncols=min(len(runs), 4), frameon=False, title=title)
     return figure
 
 
