@@ -2423,19 +2423,25 @@ def test_ctrl_c_in_the_last_step_stops_before_the_last_evaluation(small_run, run
     assert [row["step"] for row in read_evaluations(run)] == [0, 1]
 
 
-@pytest.mark.parametrize("signum, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    "signum, handler, status",
+    [  # as in `python gainrl.py`; a test run in the background may have another one
+        (signal.SIGINT, signal.default_int_handler, 130),
+        (signal.SIGTERM, gainrl.stop_at_once, 143),
+    ],
+)
 def test_a_signal_before_the_first_step_stops_at_once_and_leaves_no_directory(
-    small_run, run, monkeypatch, capfd, signum, status
+    small_run, run, monkeypatch, capfd, signum, handler, status
 ):
     def interrupted(*inputs):
         signal.raise_signal(signum)
 
-    usual = signal.signal(signal.SIGTERM, gainrl.stop_at_once)  # as `python gainrl.py` does
+    usual = signal.signal(signum, handler)
     monkeypatch.setattr(gainrl, "score_prompts", interrupted)
     try:
         assert command(*small_run, "--run-dir", run) == status
     finally:
-        signal.signal(signal.SIGTERM, usual)
+        signal.signal(signum, usual)
     assert "start again" in complaint(capfd)
     assert not run.exists()
 
