@@ -691,12 +691,14 @@ def study_curricula(claims, others, size, folder, figures):
         rates = choose_rates(claims, others, tuning, size)
         plan = plan_reported(claims, rates, size)
         runs = run_all(pool, folder, plan, size, "runs")
+        orders = measure_orders(pool, folder, claims, size)
         noise = measure_noise(pool, folder, claims, size)
     measures = measure_all(runs, rates, size)
 
     print_table("Learning rates", rate_table(claims, others, tuning, size))
     for setting in claims:
         print_table(describe(setting), speedup_table(setting, measures, rates))
+    print_table("Base models", base_table(claims, orders, measures))
     print_table("Other settings, one seed on each base model", other_table(others, measures))
     print_table("Useful groups", useful_table(claims, runs, rates, size))
     print_table("Signal and noise of the first gradient", noise_table(noise))
@@ -709,6 +711,50 @@ def study_curricula(claims, others, size, folder, figures):
     draw_chance(figures / "chance.png", claims[0], runs, rates, size)
     n_runs = len(tuning) + len(runs)
     print(f"{n_runs} runs; this command took {(time.perf_counter() - began) / 60:.0f} minutes")
+
+
+def measure_order(world):
+    """What goes with what in a world, for its base model: Spearman's correlations of C and length,
+    of C and steps of the solution, of C without the i = j pairs and steps, of length and steps."""
+    model, tokenizer = gainrl.load_model(str(world), torch.device("cpu"))
+    problems = gainrl.load_problems(tokenizer, str(world), "train", longest=400)
+    prompts = [problem["prompt"] for problem in problems]
+    scores = gainrl.score_prompts(model, prompts)
+    unbiased = gainrl.score_prompts(model, prompts, include_self=False).angle
+    steps = torch.tensor([float(count_steps(problem["answer"])) for problem in problems])
+    pairs = (
+        (scores.angle, scores.tokens),
+        (scores.angle, steps),
+        (unbiased, steps),
+        (scores.tokens, steps),
+    )
+    return [gainrl.spearman(x, y) for x, y in pairs]
+
+
+def measure_orders(pool, folder, claims, size):
+    """measure_order of each base model, by (world, base)."""
+    worlds = dict.fromkeys(setting.world for setting in claims)
+    futures = {}
+    for world, base in itertools.product(worlds, range(size.bases)):
+        place = folder / f"{world}-{base}"
+        futures[world, base] = pool.submit(quietly, measure_order, place)
+    return {key: future.result() for key, future in tqdm(futures.items(), desc="orders")}
+
+
+def base_table(claims, orders, measures):
+    """Each base model by itself: its order of the questions, and how fast `angle` is on it, with the
+    interval over its seeds."""
+    heads = ["setting", "base model", "C and length", "C and steps", "without i = j and steps"]
+    rows = [[*heads, "length and steps", "angle over uniform", "angle reached"]]
+    for setting in claims:
+        uniform, angle = measures[setting, "uniform"], measures[setting, "angle"]
+        for base in range(len(angle.steps)):
+            correlations = [f"{value:+.2f}" for value in orders[setting.world, base]]
+            of_base = slice(base, base + 1)
+            speedups = bootstrap(speedup, uniform.steps[of_base], angle.steps[of_base])
+            reached = f"{angle.reached[base].sum():.0f}"
+            rows.append([describe(setting), base, *correlations, with_interval(*speedups), reached])
+    return rows
 
 
 def measure_noise(pool, folder, claims, size):

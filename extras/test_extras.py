@@ -546,6 +546,9 @@ def test_tables_and_figures_of_made_up_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(study, "run_all", made_up_runs)
     monkeypatch.setattr(study, "make_worlds", lambda *inputs: None)
     monkeypatch.setattr(study, "measure_noise", lambda *inputs: noise)
+    worlds = [setting.world for setting in study.QUICK_CLAIMS]
+    orders = {key: [-0.5, 0.25, 0.0, 1.0] for key in itertools.product(worlds, range(2))}
+    monkeypatch.setattr(study, "measure_orders", lambda *inputs: orders)
     size = study.QUICK._replace(rates=(1e-4, 2e-4))
     study.study_curricula(study.QUICK_CLAIMS, study.QUICK_OTHERS, size, tmp_path, tmp_path)
     printed = capsys.readouterr().out
@@ -556,6 +559,9 @@ def test_tables_and_figures_of_made_up_runs(tmp_path, monkeypatch, capsys):
     share = (3.58 - 3.58 / 3) / (3.58 - 3.58 / 4)
     line = next(line for line in printed.splitlines() if line.startswith("| angle | 2e-04 | 4 |"))
     assert f"| 1.2 | 4 | 1.000 | {angle:.2f} [" in line and f"| {share:.2f} [" in line
+    assert (
+        f"| scarcest, batches of 4 | 0 | -0.50 | +0.25 | +0.00 | +1.00 | {angle:.2f} [" in printed
+    )
     assert line.count("| 1.50 [") == 2  # over length and shuffled: 1.84 and 1.74 steps each
     assert "| dynamic | 2e-04 | 4 | 0.9 | 4 | 1.000 | 3.58 [" in printed
     assert "| reversed | 2e-04 | 2 | 1.8 | 2 | 0.810 | 2.00 |" in printed  # seed 0 alone
@@ -585,6 +591,18 @@ def test_a_run_of_the_study(world, tmp_path, arm):
     assert settings["prompts_per_step"] == (12 if arm == "dynamic" else 2)
     (run_dir / "metrics.jsonl").write_text('{"step": 9}\n')
     assert study.train_once(*inputs) == [{"step": 9}]  # finished: nothing is done again
+
+
+def test_the_order_of_a_base_model(world):
+    rows = gainrl.read_jsonl(world / "train.jsonl")
+    tokenizer = gainrl.load_model(str(world), torch.device("cpu"))[1]
+    tokens = [len(tokenizer(row["question"])["input_ids"]) for row in rows]
+    steps = [row["answer"].count("=") for row in rows]
+    length_with_steps = gainrl.spearman(torch.tensor(tokens), torch.tensor(steps))
+    correlations = study.measure_order(world)
+    assert correlations[3] == pytest.approx(length_with_steps, abs=1e-6)
+    # Without the i = j pairs C goes less with shortness; here steps go with length.
+    assert correlations[1] < correlations[2] < 1 and correlations[0] < 0
 
 
 def test_the_gradient_at_the_start_is_measured(world):
