@@ -170,7 +170,7 @@ grpo_update = gainrl.grpo_update  # as it is, while train_once has put another i
 # rates: learning rates that are tried; batches: gradients behind each signal-to-noise ratio.
 Size = namedtuple("Size", "bases seeds rates eval_examples warmup batches")
 FULL = Size(bases=3, seeds=10, rates=RATES, eval_examples=128, warmup=450, batches=32)
-QUICK = Size(bases=2, seeds=2, rates=RATES[:1], eval_examples=16, warmup=60, batches=3)
+QUICK = Size(bases=2, seeds=2, rates=RATES[:1], eval_examples=8, warmup=30, batches=2)
 
 
 def plan_tuning(claims, others, size):
