@@ -827,8 +827,8 @@ def decode_in_place(model, cache, hidden, ids, attention_mask, ends, config, gen
     Launching the thousand kernels of a step takes the host longer than the GPU needs to run them.
     A CUDA graph is a recording of a step, launched at once; but it repeats the very same kernels
     on the very same memory. So nothing here changes its shape or place, what changes from step to
-    step is in tensors, and the host looks at none of them but every LOOK_EVERY steps. Rows that have
-    ended stay in the batch; what they write, attention_mask leaves out."""
+    step is in tensors, and the host looks at none of them but every LOOK_EVERY steps. Rows that
+    have ended stay in the batch; what they write, attention_mask leaves out."""
     lm_head = model.get_output_embeddings()
     n_rows, length = ids.shape
     spare = -length % 16  # attention kernels want a cache whose length is a multiple of 16

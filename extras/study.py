@@ -742,8 +742,8 @@ def measure_orders(pool, folder, claims, size):
 
 
 def base_table(claims, orders, measures):
-    """Each base model by itself: its order of the questions, and how fast `angle` is on it, with the
-    interval over its seeds."""
+    """Each base model by itself: its order of the questions, and how fast `angle` is on it, with
+    the interval over its seeds."""
     heads = ["setting", "base model", "C and length", "C and steps", "without i = j and steps"]
     rows = [[*heads, "length and steps", "angle over uniform", "angle reached"]]
     for setting in claims:
