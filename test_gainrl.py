@@ -1977,17 +1977,8 @@ def gradient_norms(model, tokenizer, problem, generator):
     prompt = problem["prompt"]
     rollout = gainrl.generate(model, tokenizer, [prompt], config, 8, generator)
     advantages = gainrl.group_advantages(gainrl.reward_rollout(rollout, [problem]))
-    logprobs = gainrl.completion_logprobs(
-        model,
-        rollout.ids,
-        rollout.attention_mask,
-        rollout.completion_mask.shape[1],
-        config.temperature,
-        prompt_index=torch.zeros(8, dtype=torch.long),
-    )
-    loss, _ = gainrl.grpo_loss(
-        logprobs, logprobs.detach(), advantages.flatten(), rollout.completion_mask
-    )
+    rows = torch.arange(8)
+    loss, _, _ = gainrl.micro_batch_loss(model, None, rollout, advantages, rows, None, config)
     gradients = torch.autograd.grad(loss, list(model.parameters()))
     ids = torch.tensor([prompt.ids])
     up_proj = model.model.layers[-1].mlp.up_proj.weight

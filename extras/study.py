@@ -191,14 +191,15 @@ def choose_rates(claims, others, runs, size):
     for setting in (*claims, *others):
         for arm in ALL_ARMS if setting in claims else (*ARMS, *VARIANTS):
             tuned = TUNED_AS[arm] if setting in claims else "uniform"
-            areas = {}
-            for rate in size.rates:
-                curves = [
-                    runs[setting, tuned, rate, base, TUNING_SEED] for base in range(size.bases)
-                ]
-                areas[rate] = statistics.mean(mean_accuracy(rows) for rows in curves)
+            areas = {rate: tuned_accuracy(runs, setting, tuned, rate, size) for rate in size.rates}
             rates[setting, arm] = max(areas, key=areas.get)
     return rates
+
+
+def tuned_accuracy(runs, setting, arm, rate, size):
+    """The mean accuracy over the tuning runs of a rate, in the mean over base models."""
+    curves = [runs[setting, arm, rate, base, TUNING_SEED] for base in range(size.bases)]
+    return statistics.mean(mean_accuracy(rows) for rows in curves)
 
 
 def plan_reported(claims, rates, size):
@@ -369,6 +370,18 @@ def first_half(steps, accuracies):
     return steps[:n_kept], accuracies[:n_kept]
 
 
+def uniform_speedups(setting, runs, rates, size, cut, share):
+    """chance_speedups of all runs of `uniform` in a setting, each curve cut by `cut` before."""
+    speedups = []
+    for base in range(size.bases):
+        keys = [
+            (setting, "uniform", rates[setting, "uniform"], base, seed)
+            for seed in range(size.seeds)
+        ]
+        speedups += chance_speedups([cut(*accuracy_curve(runs[key])) for key in keys], share)
+    return speedups
+
+
 # --- Why: the gradient's signal and its noise -----------------------------------------------------
 
 
@@ -410,18 +423,9 @@ def measure_start(world, setting, arm, n_batches):
 
 
 def grpo_gradient(model, rollout, advantages, config):
-    """The gradient of the GRPO loss of a Rollout, as one vector."""
-    group_size = advantages.shape[1]
-    logprobs = gainrl.completion_logprobs(
-        model,
-        rollout.ids,
-        rollout.attention_mask,
-        rollout.completion_mask.shape[1],
-        config.temperature,
-        prompt_index=torch.arange(len(rollout.ids), device=model.device) // group_size,
-    )
-    mask = rollout.completion_mask
-    loss, _ = gainrl.grpo_loss(logprobs, logprobs.detach(), advantages.flatten(), mask)
+    """The gradient of the GRPO loss of a Rollout, as one vector. Without KL."""
+    rows = torch.arange(len(rollout.ids), device=model.device)
+    loss, _, _ = gainrl.micro_batch_loss(model, None, rollout, advantages, rows, None, config)
     gradients = torch.autograd.grad(loss, list(model.parameters()))
     return torch.cat([gradient.flatten() for gradient in gradients])
 
@@ -453,11 +457,8 @@ def rate_table(claims, others, runs, size):
     tuned = {(key[0], key[1]) for key in runs}
     for setting, arm in itertools.product((*claims, *others), ALL_ARMS):
         if (setting, arm) in tuned:
-            cells = []
-            for rate in size.rates:
-                curves = [runs[setting, arm, rate, base, TUNING_SEED] for base in range(size.bases)]
-                cells.append(f"{statistics.mean(mean_accuracy(rows) for rows in curves):.3f}")
-            rows.append([describe(setting), arm, *cells])
+            areas = [tuned_accuracy(runs, setting, arm, rate, size) for rate in size.rates]
+            rows.append([describe(setting), arm, *[f"{area:.3f}" for area in areas]])
     return rows
 
 
@@ -507,16 +508,9 @@ def chance_table(claims, runs, rates, size):
     targets = ((0.9, "90%"), (1.0, "100%"))
     rows = [[*heads, *[f"{part}, to {name}" for part in parts for _, name in targets]]]
     for setting in claims:
-        rate = rates[setting, "uniform"]
         row = [describe(setting), size.bases * size.seeds * (size.seeds - 1)]
         for cut, (share, _) in itertools.product((first_half, lambda *curve: curve), targets):
-            speedups = []
-            for base in range(size.bases):
-                curves = []
-                for seed in range(size.seeds):
-                    rows_of_run = runs[setting, "uniform", rate, base, seed]
-                    curves.append(cut(*accuracy_curve(rows_of_run)))
-                speedups += chance_speedups(curves, share)
+            speedups = uniform_speedups(setting, runs, rates, size, cut, share)
             shares = [statistics.mean(s >= factor for s in speedups) for factor in (2, 2.5)]
             row.append(" and ".join(f"{share:.0%}" for share in shares))
         rows.append(row)
@@ -660,13 +654,7 @@ def draw_chance(path, setting, runs, rates, size):
         (first_half, "--", "on the slope: first half of the steps"),
         (lambda *curve: curve, "-", "all steps"),
     ):
-        speedups = []
-        for base in range(size.bases):
-            rows = [
-                runs[setting, "uniform", rates[setting, "uniform"], base, seed]
-                for seed in range(size.seeds)
-            ]
-            speedups += chance_speedups([cut(*accuracy_curve(row)) for row in rows], 0.9)
+        speedups = uniform_speedups(setting, runs, rates, size, cut, 0.9)
         factors = [1 + 0.02 * k for k in range(101)]
         shares = [statistics.mean(value >= factor for value in speedups) for factor in factors]
         axis.plot(factors, shares, f"k{line}", label=label)
