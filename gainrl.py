@@ -7,50 +7,48 @@ signal read from the model itself:
 
     1. Score   each question by its angle concentration C = C_intra + C_inter. C_intra is the mean
                cosine between the hidden states of the question's tokens. C_inter is the mean cosine
-               between these and the tokens of the prefix, the text in front of every question.
+               between them and those of the prefix, the text in front of every question.
     2. Rank    the questions by C, highest first.
-    3. Train   on batches from a Gaussian over the ranks. It starts at rank 0 and moves toward low
-               C, faster when the batch's accuracy and C are high.
+    3. Train   on batches from a Gaussian over the ranks. Its mean mu starts at rank 0 and moves
+               toward low C: mu += n (tanh(alpha (accuracy - beta)) + tanh(gamma C)).
 
                   rank 0, highest C                      rank N - 1, lowest C
         batch 0   |#####==--.                                               |
-        batch 10  |           .--==#####==--.                               |
+        batch 10  |              .--==#####==--.                            |
         batch 25+ |                                               .--==#####|
 
-With the defaults, the Gaussian reaches the last rank after about 25 of 200 batches (in the authors'
-runs, after about 16 of 200 epochs). The remaining batches come from the questions of lowest C.
+With the defaults, mu reaches the last rank after about 25 of 200 batches (in the authors' runs,
+after about 16 of 200 epochs). All later batches come from the questions of lowest C.
 
 Why C? The paper says that aligned token vectors predict large gradients. That is a claim, not a
-fact. Section 5 shows which part is exact, and extras/STUDY.md tests the rest.
+fact. Section 5 below says what is exact, and extras/STUDY.md tests the rest.
 
     python gainrl.py                              Qwen2.5-0.5B on GSM8K; without a GPU, a tiny model
     python gainrl.py --curriculum uniform         the baseline: plain GRPO on random questions
     python gainrl.py --resume runs/tiny-angle-0   continue after any kind of stop
 
-    symbol   meaning                             in the code        typical (gsm8k)
-    N        training questions                  len(problems)      7473
-    P, G     questions, completions of each      prompts_per_step, group_size: 32, 8
-    T, L     tokens of a prompt, a completion                       150, up to 512
-    C        angle concentration of a question   concentration      0.85
-    mu       mean of the Gaussian, in ranks      mean               0 to N - 1
-    sigma    its standard deviation, in ranks    sigma              1000
-    n        unit of its moves, in ranks         curriculum_step    500
-    beta     accuracy that neither speeds up     target_accuracy    0.5
-             nor slows down the moves
-    A        advantage of a completion           advantages         -2.5 to 2.5
-    epsilon  clip range of the ratio             clip_eps           0.2
+    symbol        meaning                             in the code       typical (gsm8k)
+    N             training questions                  len(problems)     7473
+    P, G          questions, completions of each      prompts_per_step, group_size: 32, 8
+    C             angle concentration of a question   concentration     0.85 (SmolLM2-135M)
+    mu, sigma     mean and width of the Gaussian      mean, sigma       0 to N - 1, 1000 ranks
+    n             unit of its moves                   curriculum_step   500 ranks
+    beta          accuracy that adds no move          target_accuracy   0.5
+    alpha, gamma  weights of accuracy and C           alpha, gamma      2, 2
+    A             advantage of a completion           advantages        -2.5 to 2.5
+    epsilon       clip range of the ratio             clip_eps          0.2
 
 Deliberate choices in GRPO:
 
     - Advantages are z-scores within a group, as in the GRPO paper.
     - The loss is the mean over all tokens of a batch. The GRPO paper averages each completion
-      first, which gives the tokens of long completions less weight.
+      first, which gives long completions less weight.
     - One gradient step per batch (--updates): the ratio is exactly 1 and nothing is clipped. The
-      loss is near 0 (completions differ in length) and does not measure progress.
-    - AdamW without weight decay, a constant learning rate, and a gradient norm of at most 1.
-    - The reward is 1 for the right number, else 0. Format and length earn nothing.
-    - No dynamic sampling, overlong filter or entropy bonus: they would blur the comparison.
-    - One GPU, which also samples. For several, extras/train_trl.py uses the curriculum in TRL."""
+      loss would be 0 if all completions were equally long. It does not measure progress.
+    - AdamW without weight decay, a constant learning rate, a gradient norm of at most 1.
+    - The reward is 1 if the answer that is read is right, else 0. Nothing else counts.
+    - No dynamic sampling, overlong filter or entropy bonus.
+    - One GPU trains and samples. For several, see extras/train_trl.py."""
 
 # --- 1. Imports
 
@@ -103,23 +101,23 @@ def setting(default, help_text):
 
 @dataclass
 class Config:
-    """All settings of a run. ValueError for values that would fail late or train silently wrong."""
+    """All settings of a run. ValueError for a number that is out of range."""
 
     preset: Literal["gsm8k", "tiny"] = setting("gsm8k", "tiny by default if there is no GPU")
     model: str = setting("Qwen/Qwen2.5-0.5B-Instruct", "hub name or folder")
-    dataset: str = setting("openai/gsm8k", "hub name, or folder with train.jsonl and test.jsonl")
+    dataset: str = setting("openai/gsm8k", "hub name or folder")
     curriculum: Literal["angle", "length", "shuffled", "uniform"] = setting("angle", "see README")
     steps: int = setting(200, "batches; 0 only scores and ranks")
     prompts_per_step: int = setting(32, "P, questions per batch")
     group_size: int = setting(8, "G, completions per question")
     updates: int = setting(1, "gradient steps per batch")
     max_new_tokens: int = setting(512, "longest completion, in tokens")
-    micro_batch: int = setting(8, "completions per backward pass")
+    micro_batch: int = setting(32, "completions per backward pass; halved if memory runs out")
     temperature: float = setting(1.0, "of sampling; evaluation is greedy")
     lr: float = setting(1e-6, "learning rate, constant")
     clip_eps: float = setting(0.2, "epsilon of the clipped ratio")
     kl_coef: float = setting(0.001, "weight of the KL term")
-    sigma: float | None = setting(None, "width of the Gaussian in ranks; None: 0.134 N")
+    sigma: float | None = setting(None, "width of the Gaussian, in ranks; None: 0.134 N")
     curriculum_step: float | None = setting(None, "n, unit of its moves; None: 0.067 N")
     target_accuracy: float = setting(0.5, "beta, the neutral accuracy")
     alpha: float = setting(2.0, "weight of the accuracy in the moves")
@@ -135,13 +133,13 @@ class Config:
     def __post_init__(self):
         lowest = {"group_size": 2, "temperature": 0.01, "lr": 1e-30, "curriculum_step": 1e-9}
         lowest |= {"steps": 0, "seed": 0, "clip_eps": 0, "kl_coef": 0, "alpha": 0, "gamma": 0}
-        lowest |= {"target_accuracy": 0, "sigma": 1e-3}  # 1 for all others
+        lowest |= {"target_accuracy": 0, "sigma": 1e-3}
         for name, value in vars(self).items():
             low, high = lowest.get(name, 1), 2**31
             if isinstance(value, int | float) and not low <= value <= high:  # also refuses NaN
                 raise ValueError(f"{flag(name)} {value}: must be from {low} to {high}")
         if self.model == TINY_WORLD and self.dataset != TINY_WORLD:
-            raise ValueError("--dataset without --model: the tiny model knows only its own words")
+            raise ValueError("--dataset needs --model: the tiny model knows only its own words")
         if self.resume and self.run_dir:
             raise ValueError("--resume and --run-dir: give only one of them")
 
@@ -154,8 +152,8 @@ def flag(name):
 
 
 def train(config):
-    """Score, rank, train, evaluate; returns what summary.json holds. ValueError for bad input,
-    OSError for a failed write, FloatingPointError for a loss that is not finite."""
+    """Score, rank, train, evaluate; returns the summary. ValueError for bad input, OSError for a
+    failed write, FloatingPointError for numbers that are not finite."""
     run = RunFolder(config)
     model, tokenizer, problems, test_problems = load_task(config)
     run.create()
@@ -167,24 +165,24 @@ def train(config):
     prompts = [problem["prompt"] for problem in problems]
     scores = score_prompts(model, prompts)
     curriculum = make_curriculum(config, scores)
-    run.save_scores(problems, scores, curriculum)
     parts = {"model": model, "optimizer": optimizer, "curriculum": curriculum}
     first_step = run.load_checkpoint(generator, **parts)
+    run.save_scores(problems, scores, curriculum)
 
     for step in tqdm(range(first_step, config.steps), "training", disable=None):
         if step % config.eval_every == 0:
             run.record_evaluation(step, evaluate(model, tokenizer, test_problems, config))
         # 1. Draw P questions from the Gaussian over the ranks.
-        mean = curriculum.mean  # of this batch; update() below moves it
+        mean = curriculum.mean  # update() below moves it
         batch = [problems[index] for index in curriculum.sample()]
         prompts = [problem["prompt"] for problem in batch]
-        # 2. Sample G completions of each: (P, T) -> (P G, T + L). This measures C again.
+        # 2. Sample G completions of each: (P, T) -> (P G, T + L). It also measures their C now.
         rollout = generate(model, tokenizer, prompts, config, config.group_size, generator)
         # 3. Reward each completion and compare it with its group: (P, G).
         golds = [problem["answer"] for problem in batch for _ in range(config.group_size)]
         rewards = torch.tensor([*map(reward, rollout.texts, golds)]).view(-1, config.group_size)
         advantages = group_advantages(rewards)
-        # 4. Take a clipped policy-gradient step.
+        # 4. Update the policy with the clipped loss.
         stats = grpo_update(model, reference, optimizer, rollout, advantages, config)
         # 5. Move the Gaussian by the batch's accuracy and C.
         curriculum.update(rewards.mean().item(), rollout.concentration)
@@ -196,25 +194,25 @@ def train(config):
 
 
 # --- 4. The task: prompts, answers, reward
-# Imports: contextlib, re, namedtuple
+# Needs contextlib, re, namedtuple.
 #
-# A rendered prompt, with its prefix and its question underlined:
+# A rendered prompt with prefix and question underlined:
 #
 #   <|im_start|>system Solve ... <|im_start|>user Ben has 6 cards. ... How many cards does Ben have
 #   ^^^^^^^^^^^^^^^^^ prefix ^^^^^^^^^^^^^^^ ^^^^^^^^^^^^^^^^^^^^^^ question ^^^^^^^^^^^^^^^^^^^^^^
 #   now? <|im_end|> <|im_start|>assistant
 #   ^^^^
-# High C (0.73): "Ben has 6 cards. On Monday Ben sells 6. How many cards does Ben have now?"
-# Low C (0.46): "Cid has 18 birds. On Monday Cid loses 8. On Tuesday Cid gets 4. On Wednesday ..."
+# In the tiny world, this question has a high C, 0.73. One with a low C, 0.46: "Cid has 18 birds. On
+# Monday Cid loses 8. On Tuesday Cid gets 4. On Wednesday Cid loses 9. On Thursday ..."
 
 # ids[:start] is the prefix, ids[start:end] the question; ids[end:] opens the assistant's turn. A
-# token across the first border counts as question, so `start` can differ by one.
+# token across the border belongs to the question, so prefixes can differ by a token.
 Prompt = namedtuple("Prompt", "ids start end")
 
 SYSTEM_PROMPT = "Solve the problem step by step. Write the final number as \\boxed{number}."
 EXAMPLE_QUESTION = "What is 2+2?"
 EXAMPLE_ANSWER = "2 + 2 = 4. The answer is \\boxed{4}."
-PLACEHOLDER = "\ue000"  # a private-use character: in no template and no question
+PLACEHOLDER = "\ue000"  # a character in no template and no question
 
 
 def build_messages(question):
@@ -239,12 +237,12 @@ def render_chat(tokenizer, question):
             )
             if SYSTEM_PROMPT in text:
                 return text
-    raise ValueError(f"{tokenizer.name_or_path} has no chat template that takes a system prompt")
+    raise ValueError(f"{tokenizer.name_or_path} has no usable chat template")
 
 
 def encode_prompts(tokenizer, questions):
-    """The Prompts of a list of questions, whose tokens are those that touch their characters.
-    ValueError for a template that cannot be used."""
+    """A Prompt for each question of a list. Tokens that touch its text belong to it. ValueError for
+    a template that cannot be used."""
     name = tokenizer.name_or_path
     parts = render_chat(tokenizer, PLACEHOLDER).split(PLACEHOLDER)
     if len(parts) != 2:
@@ -262,7 +260,7 @@ def encode_prompts(tokenizer, questions):
     return prompts
 
 
-# Bare numbers only: 42  -8  2.50  1,000  1{,}000  $12  \$12  -$7  -\$7  30%  30\%  and 42.
+# Bare numbers only: 42  -8  2.50  1,000  1{,}000  $12  \$12  -$7  -\$7  30%  30\%  42.
 NUMBER = (
     r"\s*(?P<minus>-?)(?:\\?\$)?"
     r"(?P<digits>(?:[0-9]+|[0-9]{1,3}(?:(?:,|\{,\})[0-9]{3})+)(?:\.[0-9]+)?)(?:\\?%)?\.?\s*"
@@ -270,8 +268,8 @@ NUMBER = (
 
 
 def extract_answer(text, is_gold=False):
-    """The number in the last `\\boxed{}` or, without any box and in gold answers, after the last
-    `####`: a float, or None. Words, units, fractions and nested boxes are not read: an unread
+    """The number in the last `\\boxed{}`; if there is no box, or in gold answers, after the last
+    `####`. A float, or None. Words, units, fractions and nested boxes are not read: an unread
     answer costs one reward, but a misread one teaches a mistake."""
     before, box, after = text.rpartition("\\boxed")
     if box and not is_gold:
@@ -288,19 +286,19 @@ def extract_answer(text, is_gold=False):
 
 
 def reward(completion, gold):
-    """1.0 if a completion has the answer of `gold`, a row's "answer" text; else 0.0."""
+    """1.0 if the completion's number is that of `gold`, a row's "answer"; else 0.0."""
     answer = extract_answer(completion)
     return float(answer is not None and answer == extract_answer(gold, is_gold=True))
 
 
 # --- 5. The signal: angle concentration (paper, section 3)
-# Imports: copy, inspect, os, torch, F, namedtuple, tqdm
+# Needs copy, inspect, os, torch, F, namedtuple, tqdm.
 #
 # For a linear layer Y = X W with token rows x_i and upstream gradients g_i,
 #     |dL/dW|_F^2 = sum_ij (x_i . x_j)(g_i . g_j)   and   x_i . x_j = |x_i| |x_j| cos(theta_ij).
-# This is exact. The cosines are the part that a forward pass gives before there is any loss. The
-# sum includes the prefix's tokens, hence C_inter. The paper measures the cosines once, after the
-# final norm, to stand for all layers. That they predict gradients does not follow.
+# This is exact. A forward pass gives the x_i before there is any loss, and C keeps their cosines.
+# The prefix's tokens are in the sum too, hence C_inter. The paper takes the states after the final
+# norm as a proxy for all layers. It does not follow that C predicts gradients.
 
 # Tensors (N,); tokens is the length of a question.
 Scores = namedtuple("Scores", "intra inter concentration tokens")
@@ -315,8 +313,8 @@ def angle_concentration(hidden, prefix_mask, question_mask):
     hidden: (B, T, D), any float dtype. Masks: (B, T), bool or 0/1; padding, on either side, is in
     neither. Without a prefix C_inter is 0. ValueError for a row without a question token.
 
-    The i = j pairs have cosine 1. If the other pairs of a k-token question average c, they add
-    (1 - c)/k to C_intra, which favors short questions."""
+    The i = j pairs have cosine 1. If the other pairs of a k-token question average c, the i = j
+    pairs add (1 - c)/k to C_intra, which favors short questions."""
     prefix_mask, question_mask = prefix_mask.bool(), question_mask.bool()
     empty_rows = (~question_mask.any(1)).nonzero()
     if len(empty_rows):
@@ -340,7 +338,7 @@ def score_prompts(model, prompts, batch_size=64):
     together, so nothing is padded. ValueError if the prompts share no first token."""
     device = model.device
     intra, inter = torch.zeros(len(prompts)), torch.zeros(len(prompts))
-    # It works on any sequences, not only on paths.
+    # commonprefix works on lists too.
     shared_ids = os.path.commonprefix([prompt.ids[: prompt.start] for prompt in prompts])
     if not shared_ids:
         raise ValueError("the prompts share no first token")
@@ -369,10 +367,10 @@ def score_prompts(model, prompts, batch_size=64):
 
 
 def run_backbone(model, ids, attention_mask=None, position_ids=None, cache=None):
-    """The hidden states after the final norm, (B, T, D), which are the input of lm_head, and the
-    cache with these T tokens added. ids: (B, T). attention_mask: (B, cached tokens + T)."""
+    """The hidden states after the final norm, (B, T, D), which are lm_head's input, and the cache
+    including these T tokens. ids: (B, T). attention_mask: (B, cached tokens + T)."""
     backbone = model.base_model
-    # transformers 5.24 renamed it in some models.
+    # transformers 5.24 renamed past_key_values to cache in some models.
     renamed = "cache" in inspect.signature(backbone.forward).parameters
     cache_name = "cache" if renamed else "past_key_values"
     output = backbone(  # by keyword: the order of arguments differs between models
@@ -386,19 +384,19 @@ def run_backbone(model, ids, attention_mask=None, position_ids=None, cache=None)
 
 
 def mixed_precision(device):
-    """A context for bfloat16 matrix products, if the GPU has them. Weights stay float32, because
-    bfloat16 rounds updates of 1e-6 away. It caches weights, so no optimizer step fits inside."""
+    """A context for bfloat16 matrix products, if the GPU has them. Weights stay float32: bfloat16
+    would round updates of 1e-6 away. Leave it before an optimizer step, for it caches weights."""
     enabled = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
 
 
 # --- 6. The curriculum (paper, section 4)
-# Imports: math, torch
+# Needs math, torch.
 
 
 def make_curriculum(config, scores):
-    """The GaussianCurriculum of a run. The arms differ in what they sort by; `uniform` has an
-    infinitely wide Gaussian instead."""
+    """The GaussianCurriculum of a run. Each --curriculum sorts by something else; `uniform` has an
+    infinitely wide Gaussian."""
     generator = torch.Generator().manual_seed(config.seed)
     sort_by = {
         "angle": scores.concentration,
@@ -445,7 +443,7 @@ class GaussianCurriculum(torch.utils.data.Sampler):
         if not torch.isfinite(scores).all():
             raise ValueError("a score is not finite")
         if not 1 <= batch_size <= n_questions:
-            raise ValueError(f"--prompts-per-step {batch_size} of {n_questions} questions")
+            raise ValueError(f"--prompts-per-step {batch_size}: there are {n_questions} questions")
         self.order = scores.argsort(descending=True, stable=True)
         self.batch_size = batch_size
         self.mean = 0.0
@@ -465,8 +463,8 @@ class GaussianCurriculum(torch.utils.data.Sampler):
         return self.log_density().softmax(0)
 
     def sample(self):
-        """batch_size distinct indices: the top k of log p + Gumbel noise are a draw without
-        replacement. Logarithms do not underflow far from the mean."""
+        """batch_size distinct indices. The largest values of log p + Gumbel noise are a draw
+        without replacement, and logarithms do not underflow far from the mean."""
         exponential = torch.empty(len(self.order), dtype=torch.float64)
         exponential.exponential_(generator=self.generator)
         gumbel = -exponential.log()
@@ -497,20 +495,19 @@ class GaussianCurriculum(torch.utils.data.Sampler):
 
     def load_state_dict(self, state):
         if len(state["order"]) != len(self.order):
-            raise ValueError(f"{len(self.order)} questions, but {len(state['order'])} before")
+            raise ValueError(f"{len(self.order)} questions now, {len(state['order'])} before")
         self.order, self.mean = state["order"], state["mean"]
         self.generator.set_state(state["generator"])
 
 
 # --- 7. GRPO: advantages, update, loss, log-probabilities, sampling
-# Imports: contextlib, math, torch, F, namedtuple. Needs section 5.
+# Needs contextlib, math, torch, F, namedtuple, tqdm and section 5.
 LOGIT_CHUNK = 512  # tokens whose logits are in memory at the same time
 
 # G completions of each of P prompts: B = P G rows, those of a prompt next to each other.
-#     ids, attention_mask    (B, T + L): prompts, padded on the left, and completions
+#     ids, attention_mask    (B, T + L): T prompt tokens, padded on the left, L of completion
 #     completion_mask        (B, L): True up to and including the end token; L = max_new_tokens
-#     texts                  the B completions as strings
-#     concentration          mean C of the prompts, which the same forward pass gives
+#     texts, concentration   the B completions as strings, and the mean C of the prompts
 Rollout = namedtuple("Rollout", "ids attention_mask completion_mask texts concentration")
 
 
@@ -529,58 +526,70 @@ def grpo_update(model, reference, optimizer, rollout, advantages, config):
     """config.updates gradient steps on a Rollout; returns loss, grad_norm, kl and clip_fraction of
     the last one. advantages: (P, G). reference: a model, or None if config.kl_coef is 0.
 
-    Micro-batches, weighted by their tokens, add up to the gradient of the batch. Rows of advantage
-    0 are skipped if there is no KL term (by default there is). FloatingPointError, before the
-    weights change, for a loss or gradient that is not finite."""
-    n_tokens = rollout.completion_mask.sum().item()
-    advantages = advantages.to(rollout.ids.device)
-    active_rows = torch.arange(advantages.numel(), device=rollout.ids.device)
-    if not config.kl_coef:
-        active_rows = active_rows[advantages.flatten() != 0]
-    micro_batches = [rows for rows in active_rows.split(config.micro_batch) if len(rows)]
-    old_logprobs = [None] * len(micro_batches)  # the first update computes them
-    for _ in range(config.updates):
-        stats = {"loss": 0.0, "kl": 0.0, "clip_fraction": 0.0}
-        # Zeros, not None: AdamW then moves by its momentum even if all groups are flat.
-        for parameter in model.parameters():
-            parameter.grad = torch.zeros_like(parameter)
-        for k, rows in enumerate(micro_batches):
-            loss, loss_stats, old_logprobs[k] = micro_batch_loss(
-                model, reference, rollout, advantages, rows, old_logprobs[k], config
-            )
-            share = rollout.completion_mask[rows].sum().item() / n_tokens
-            (loss * share).backward()
-            for name, value in {"loss": loss.item(), **loss_stats}.items():
-                stats[name] += share * value
-        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
-        if not math.isfinite(grad_norm + stats["loss"]):
-            loss = stats["loss"]
-            raise FloatingPointError(f"loss {loss}, gradient norm {grad_norm}: try a lower --lr")
+    If memory runs out, config.micro_batch is halved and the gradient computed again.
+    FloatingPointError, before the weights change, for a loss or gradient that is not finite."""
+    old_logprobs = torch.zeros(rollout.completion_mask.shape, device=rollout.ids.device)
+    for k in range(config.updates):
+        inputs = (model, reference, rollout, advantages, old_logprobs, k == 0, config)
+        while True:
+            try:
+                stats = compute_gradient(*inputs)
+                break
+            except RuntimeError as error:
+                if config.micro_batch == 1 or not is_out_of_memory(error):
+                    raise
+            # Not inside `except`, where the error keeps the failed attempt's tensors alive.
+            config.micro_batch //= 2
+            tqdm.write(f"out of memory: continuing with --micro-batch {config.micro_batch}")
+            optimizer.zero_grad()
+            torch.cuda.empty_cache()
+        stats["grad_norm"] = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
+        if not math.isfinite(stats["grad_norm"] + stats["loss"]):
+            raise FloatingPointError(f"not finite, try a lower --lr: {stats}")
         optimizer.step()
-        optimizer.zero_grad()  # frees the gradients before the next sampling
-    return {**stats, "grad_norm": grad_norm}
+        optimizer.zero_grad()  # frees memory for sampling
+    return stats
 
 
-def micro_batch_loss(model, reference, rollout, advantages, rows, old_logprobs, config):
-    """grpo_loss of some rows of a Rollout: (loss, stats, old_logprobs). advantages: (P, G).
-    old_logprobs: None in the first call for these rows, which then returns them."""
-    attention_mask = rollout.attention_mask[rows]
-    used = attention_mask.any(0)  # drop the columns that are padding in all of these rows
-    ids, attention_mask = rollout.ids[rows][:, used], attention_mask[:, used]
+def compute_gradient(model, reference, rollout, advantages, old_logprobs, is_first, config):
+    """Set the gradient of grpo_loss over a Rollout; returns its loss, kl and clip_fraction.
+    advantages: (P, G). old_logprobs: (B, L), written in the first update, read in later ones.
+
+    Micro-batches, weighted by their tokens, add up to the gradient of the batch. They hold rows of
+    similar length, to save padding. Without a KL term, rows of advantage 0 are skipped."""
+    lengths = rollout.completion_mask.sum(1)
+    n_tokens = lengths.sum().item()
     prompt_length = rollout.ids.shape[1] - rollout.completion_mask.shape[1]
-    completion_mask = rollout.completion_mask[rows][:, used[prompt_length:]]
-    prompt_index = rows // advantages.shape[1]
-    inputs = (ids, attention_mask, completion_mask.shape[1], config.temperature, prompt_index)
-    logprobs = completion_logprobs(model, *inputs)
-    reference_logprobs = None
-    if config.kl_coef:
-        with torch.no_grad():
-            reference_logprobs = completion_logprobs(reference, *inputs)
-    if old_logprobs is None:
-        old_logprobs = logprobs.detach()
-    inputs = (logprobs, old_logprobs, advantages.flatten()[rows], completion_mask)
-    loss, stats = grpo_loss(*inputs, config.clip_eps, reference_logprobs, config.kl_coef)
-    return loss, stats, old_logprobs
+    group_size, advantages = advantages.shape[1], advantages.flatten().to(lengths.device)
+    active_rows = lengths.argsort(stable=True)
+    if not config.kl_coef:
+        active_rows = active_rows[advantages[active_rows] != 0]
+    # Zeros, not None: skipping rows must not change what AdamW does.
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    stats = {"loss": 0.0, "kl": 0.0, "clip_fraction": 0.0}
+    for first in range(0, len(active_rows), config.micro_batch):
+        # msort() puts rows of one prompt side by side again, so it is run once.
+        rows = active_rows[first : first + config.micro_batch].msort()
+        used = rollout.attention_mask[rows].any(0)  # columns that are not only padding
+        ids, attention_mask = rollout.ids[rows][:, used], rollout.attention_mask[rows][:, used]
+        completion_mask = rollout.completion_mask[rows][:, used[prompt_length:]]
+        length = completion_mask.shape[1]
+        inputs = (ids, attention_mask, length, config.temperature, rows // group_size)
+        logprobs = completion_logprobs(model, *inputs)
+        reference_logprobs = None
+        if config.kl_coef:
+            with torch.no_grad():
+                reference_logprobs = completion_logprobs(reference, *inputs)
+        if is_first:
+            old_logprobs[rows, :length] = logprobs.detach()
+        policy = (logprobs, old_logprobs[rows, :length], advantages[rows], completion_mask)
+        loss, loss_stats = grpo_loss(*policy, config.clip_eps, reference_logprobs, config.kl_coef)
+        share = lengths[rows].sum().item() / n_tokens
+        (loss * share).backward()
+        for name, value in {"loss": loss.item(), **loss_stats}.items():
+            stats[name] += share * value
+    return stats
 
 
 def grpo_loss(
@@ -593,8 +602,8 @@ def grpo_loss(
 
     advantages: (B,), the others (B, L); mask: bool or 0/1. Masked-out values, even inf, affect
     neither loss nor gradient. stats: kl, the mean of k3, and clip_fraction, the share of tokens
-    without gradient. The mean of k3 over samples of the policy is KL(policy || reference), but its
-    gradient is not the gradient of that divergence."""
+    whose policy gradient is clipped away. The mean of k3 over samples of the policy is KL(policy ||
+    reference), but its gradient is not the gradient of that divergence."""
     mask = mask.bool()
     # Masked before exp: exp(inf) has a NaN gradient even where it is masked later.
     log_ratio = torch.where(mask, logprobs - old_logprobs, 0.0)
@@ -619,9 +628,9 @@ def completion_logprobs(model, ids, attention_mask, length, temperature, prompt_
     """Log-probabilities of the last `length` tokens of each row at the sampling temperature:
     float32 (B, length), 0 where attention_mask is False.
 
-    ids, attention_mask: (B, T + length). prompt_index: (B,), equal for neighbors with the same
-    prompt, which is run once. Logits are computed LOGIT_CHUNK tokens at a time, and again in the
-    backward pass, because all of them would take gigabytes."""
+    ids, attention_mask: (B, T + length). prompt_index: (B,), the prompt of each row, which is run
+    once for neighbors that share it. Logits are computed LOGIT_CHUNK tokens at a time, and again in
+    the backward pass, because all of them would take gigabytes."""
     lm_head = model.get_output_embeddings()
     position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)
     prompt_length = ids.shape[1] - length
@@ -664,10 +673,10 @@ def generate(model, tokenizer, prompts, config, group_size=1, generator=None):
     torch.Generator; greedy without one. Only end tokens are taken from generation_config, because
     top_k or a penalty would make log-probabilities wrong. FloatingPointError for NaN states."""
     device = model.device
-    pad = torch.nn.utils.rnn.pad_sequence
-    ids = pad([torch.tensor(p.ids) for p in prompts], True, 0, "left").to(device)
-    positions = pad([torch.arange(len(p.ids)) for p in prompts], True, -1, "left").to(device)
-    starts, ends = torch.tensor([prompt[1:] for prompt in prompts], device=device).T[..., None]
+    ids = left_pad([torch.tensor(prompt.ids) for prompt in prompts], 0).to(device)
+    positions = left_pad([torch.arange(len(prompt.ids)) for prompt in prompts], -1).to(device)
+    starts = torch.tensor([[prompt.start] for prompt in prompts], device=device)
+    ends = torch.tensor([[prompt.end] for prompt in prompts], device=device)
     attention_mask = positions >= 0
     prefix_mask = attention_mask & (positions < starts)
     question_mask = (positions >= starts) & (positions < ends)
@@ -688,7 +697,7 @@ def generate(model, tokenizer, prompts, config, group_size=1, generator=None):
         )
         end_ids = end_tokens(model, tokenizer, prompts)
         decode_rows = decode
-        if device.type == "cuda":  # the same completions, several times faster
+        if device.type == "cuda":  # optional: the same completions, several times faster
             with contextlib.suppress(ImportError):
                 from extras import cuda_graph
 
@@ -702,22 +711,31 @@ def generate(model, tokenizer, prompts, config, group_size=1, generator=None):
     return Rollout(ids, attention_mask, completion_mask, texts, concentration)
 
 
+def left_pad(tensors, value):
+    return torch.nn.utils.rnn.pad_sequence(tensors, True, value, padding_side="left")
+
+
 def end_tokens(model, tokenizer, prompts):
     """The tokens that end a completion, (E,): those of the generation config, the tokenizer's, and
     the chat template's end of turn. ValueError if there are none."""
     ends = model.generation_config.eos_token_id  # an id, a list or None
     ends = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id}
-    # If the template's first token after the question is a special token, it ends a turn.
-    ends |= set(prompts[0].ids[prompts[0].end :][:1]) & set(tokenizer.added_tokens_decoder)
+    after_question = prompts[0].ids[prompts[0].end :][:1]
+    if set(after_question) <= set(tokenizer.added_tokens_decoder):
+        ends.update(after_question)  # a special token after the question ends the turn
     if ends == {None}:
         raise ValueError(f"{model.name_or_path} has no end token")
     return torch.tensor(sorted(ends - {None}), device=model.device)
 
 
+def is_out_of_memory(error):
+    message = str(error) if isinstance(error, RuntimeError) else ""
+    return "out of memory" in message or "allocate memory" in message  # of a GPU, of a CPU
+
+
 def decode(model, cache, hidden, ids, attention_mask, end_ids, config, generator):
-    """Write completions into the last L columns of ids and set attention_mask to True there; both
-    (B, T + L). hidden: (B, D), the prompts' last states. Finished rows leave the batch once they
-    are half of it."""
+    """Write completions to the last L columns of ids and attention_mask, (B, T + L). hidden: the
+    prompts' last states, (B, D). Finished rows leave the batch once they are half of it."""
     lm_head = model.get_output_embeddings()
     n_rows, length = ids.shape
     rows = torch.arange(n_rows, device=ids.device)  # still in the batch
@@ -743,8 +761,8 @@ def decode(model, cache, hidden, ids, attention_mask, end_ids, config, generator
 def next_token(logits, temperature, generator, rows, n_rows):
     """The next token of each row, (B, 1): the most likely one, or a draw if there is a generator.
 
-    torch.multinomial also draws argmax of p / Exponential(1), but validates p first, which forces a
-    GPU sync. Drawing for all n_rows rows keeps the others' draws when finished rows leave."""
+    torch.multinomial also takes argmax of p / Exponential(1), but first checks p, which breaks CUDA
+    graphs. Drawing for all n_rows rows makes a row's draws independent of finished rows."""
     if generator is None:
         return logits.argmax(-1, keepdim=True)
     probabilities = (logits.float() / temperature).softmax(-1)
@@ -759,7 +777,7 @@ def next_token(logits, temperature, generator, rows, n_rows):
 
 
 def evaluate(model, tokenizer, problems, config):
-    """Greedy accuracy, its 95% interval, and the share of answers that can be read."""
+    """Greedy accuracy, its 95% interval, and the share of readable answers."""
     batch_size = config.prompts_per_step * config.group_size
     texts = []
     for first in tqdm(range(0, len(problems), batch_size), "evaluating", leave=False, disable=None):
@@ -775,40 +793,41 @@ def evaluate(model, tokenizer, problems, config):
     }
 
 
-def wilson_interval(successes, trials, z=1.96):
-    """The 95% Wilson interval of a share, sensible near 0 and 1 too."""
-    share = successes / trials
+def wilson_interval(successes, trials):
+    """The 95% Wilson interval of a share."""
+    z, share = 1.96, successes / trials
     center = share + z**2 / (2 * trials)
     half_width = z * math.sqrt(share * (1 - share) / trials + z**2 / (4 * trials**2))
     scale = 1 + z**2 / trials
     return max(0.0, (center - half_width) / scale), min(1.0, (center + half_width) / scale)
 
 
-# --- 9. Plumbing: loading and files. Nothing below is part of GAIN-RL or GRPO
+# --- 9. Plumbing: loading and files
 
 
 def load_task(config):
-    """The model, the tokenizer, and the training and test problems, all checked."""
-    tqdm.write(f"{config.preset}, {config.curriculum}, seed {config.seed}, on {config.device}")
+    tqdm.write(f"preset {config.preset}, {config.curriculum}, seed {config.seed}, {config.device}")
     if config.preset == "tiny":
-        torch.set_num_threads(1)  # its matrices are too small to share
+        torch.set_num_threads(1)  # its matrices are too small for several threads
     model, tokenizer = load_model(config.model, config.device)
-    # Beyond their original length, some rotary embeddings would spoil cached keys.
-    settings = model.config.get_text_config().to_dict()
-    context = settings.get("max_position_embeddings") or math.inf
-    rope = settings.get("rope_parameters") or {}
-    longest = rope.get("original_max_position_embeddings", context) - config.max_new_tokens
+    limits = model.config.get_text_config()
+    context = getattr(limits, "max_position_embeddings", None) or math.inf
+    # Some models change their rotary frequencies past this length, and cached keys go stale.
+    rope = getattr(limits, "rope_parameters", None) or {}
+    longest = (rope.get("original_max_position_embeddings") or context) - config.max_new_tokens
     problems = load_problems(tokenizer, config.dataset, "train", longest)
     test_problems = load_problems(tokenizer, config.dataset, "test", longest)
     prompts = [problem["prompt"] for problem in problems]
+    if config.prompts_per_step > len(problems):
+        P = config.prompts_per_step
+        raise ValueError(f"--prompts-per-step {P}: there are {len(problems)} questions")
     check_model(model, prompts[0])
     end_tokens(model, tokenizer, prompts)  # fails now rather than after scoring
     return model, tokenizer, problems, test_problems[: config.eval_examples]
 
 
 def load_model(name, device):
-    """Model and tokenizer of a hub name or folder: float32 weights, no dropout. ValueError if they
-    cannot be loaded or trained."""
+    """Model (float32, no dropout) and tokenizer of a hub name or folder, or ValueError."""
     with explain(f"cannot load --model {name} on --device {device}"):
         path = find_folder(name)
         model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
@@ -832,7 +851,7 @@ def find_folder(name):
 @torch.no_grad()
 def check_model(model, prompt):
     """ValueError unless lm_head of run_backbone's states, with padding on the left and a repeated
-    cache, gives the model's own logits for a Prompt."""
+    cache, gives the model's own logits."""
     with explain(f"cannot use --model {model.name_or_path}"):
         ids = torch.tensor([prompt.ids], device=model.device)
         own = model(input_ids=ids).logits[:, prompt.start :].float()
@@ -845,29 +864,29 @@ def check_model(model, prompt):
         hidden, _ = run_backbone(model, *rest, cache)
         ours = model.get_output_embeddings()(hidden).float()
         if not (ours - own).abs().max() <= 1e-3 * own.abs().max():
-            raise ValueError("its logits are not lm_head of its last hidden states")
+            raise ValueError("its logits are not lm_head of these states")
 
 
 def load_problems(tokenizer, source, split, longest):
     """The rows of a split, as dictionaries with question, answer, index and prompt (a Prompt of at
-    most `longest` tokens). ValueError for a bad row, with file and line."""
-    folder = Path(find_folder(source))
-    name = folder / f"{split}.jsonl" if folder.is_dir() else f"{source}, {split}"
+    most `longest` tokens). ValueError for a bad row, with its file and line."""
     with explain(f"cannot load --dataset {source}"):
-        if folder.is_dir():
-            lines = name.read_bytes().splitlines()
+        path = Path(find_folder(source), f"{split}.jsonl")
+        if path.parent.is_dir():
+            lines = path.read_bytes().splitlines()
         else:
-            import datasets  # here, because importing it takes a second
+            import datasets  # here, for importing it takes a second
 
-            lines = map(json.dumps, datasets.load_dataset(source, "main", split=split))
+            lines = [json.dumps(row) for row in datasets.load_dataset(source, "main", split=split)]
     rows = []
     for number, line in enumerate(lines, start=1):
-        with explain(f"{name}:{number}: no question with a gold answer in {line!r:.99}"):
+        with explain(f"{path}:{number}: cannot use {line!r:.99}"):
             if line.strip():
                 row = json.loads(line)
                 row["question"].encode()  # fails for half of a surrogate pair
-                if not row["question"].strip() or extract_answer(row["answer"], True) is None:
-                    raise ValueError("empty question, or no number after ####")
+                gold = extract_answer(row["answer"], is_gold=True)
+                if gold is None or not row["question"].strip():
+                    raise ValueError("no question, or no number after ####")
                 rows.append(row)
     prompts = encode_prompts(tokenizer, [row["question"] for row in rows])
     problems = [
@@ -876,15 +895,15 @@ def load_problems(tokenizer, source, split, longest):
         if len(prompt.ids) <= longest
     ]
     if not problems:
-        raise ValueError(f"{name}: none of {len(rows)} prompts fits: lower --max-new-tokens")
+        raise ValueError(f"{path}: no question fits: lower --max-new-tokens")
     if len(problems) < len(rows):
-        tqdm.write(f"{len(rows) - len(problems)} of {len(rows)} {split} prompts are too long")
+        tqdm.write(f"left out {len(rows) - len(problems)} {split} prompts: too long")
     return problems
 
 
 class RunFolder:
-    """The directory of a run (files: see README). Files are replaced as a whole and never deleted,
-    so a run can be stopped in any way and continued with --resume."""
+    """The directory of a run. Its files (see README) are replaced as a whole and never deleted, so
+    a run can be stopped in any way and continued with --resume."""
 
     def __init__(self, config):
         """ValueError if a resumed run would change a setting that affects its results."""
@@ -898,7 +917,7 @@ class RunFolder:
                 raise ValueError(f"{flag(name)}: the resumed run keeps {recorded[name]}")
 
     def create(self):
-        """Create the directory and print how to continue the run; ValueError if it exists."""
+        """Create the directory and print how to continue; ValueError if it exists."""
         config = self.config
         default = f"runs/{config.preset}-{config.curriculum}-{config.seed}"
         self.path = Path(config.resume or config.run_dir or default)
@@ -908,47 +927,42 @@ class RunFolder:
                 self.path.mkdir(exist_ok=bool(config.resume))  # atomic: one process gets it
                 break
             if config.run_dir:
-                raise ValueError(f"--run-dir {self.path} exists: use another name, or --resume")
+                raise ValueError(f"--run-dir {self.path} exists: use a new name or --resume")
             self.path = Path(f"{default}-{k}")
-        write_json(self.path / "config.json", self.settings, indent=2)
+        if not config.resume:
+            write_json(self.path / "config.json", self.settings, indent=2)
         command = shlex.join(["python", __file__, f"--resume={self.path}"])
         tqdm.write(f"to continue after a stop: {command}")
 
     def save_scores(self, problems, scores, curriculum):
-        columns = {name: column.tolist() for name, column in scores._asdict().items()}
+        columns = [column.tolist() for column in scores]
         rows = [
-            {"index": problem["index"], **{name: columns[name][k] for name in columns}}
-            for k, problem in enumerate(problems)
+            {"index": problem["index"], **dict(zip(Scores._fields, values))}
+            for problem, values in zip(problems, zip(*columns))
         ]
         write_json(self.path / "scores.jsonl", *rows)
-        ranks = curriculum.order.argsort()  # the inverse of the order
-        self.rank_length = spearman(ranks, scores.tokens)
+        ranks = curriculum.order.argsort()
+        self.rank_length = spearman(ranks, scores.tokens)  # near 1: almost a sort by length
         tqdm.write(f"Spearman of rank and length: {self.rank_length:.2f}")
 
     def load_checkpoint(self, generator, **parts):
         """Restore the last checkpoint, if there is one; returns its number of finished steps."""
-        self.generator, self.parts = generator, parts  # what save_checkpoint will save
+        self.generator, self.parts = generator, parts
         self.clock = time.perf_counter()
-        path = self.path / "checkpoint/state.pt"
-        if not path.exists():
-            return 0
-        with explain(f"cannot use {path}"):
-            state = torch.load(path, map_location="cpu", weights_only=True)
-            generator.set_state(state["generator"])
-            for name, part in parts.items():
-                part.load_state_dict(state[name])
-            self.logs = state["logs"]
-            if state["step"] > self.config.steps:
-                raise ValueError(f"--steps {self.config.steps}: {state['step']} are done already")
-            return state["step"]
-
-    def save_checkpoint(self, step):
-        state = {name: part.state_dict() for name, part in self.parts.items()}
-        state |= {"step": step, "logs": self.logs, "generator": self.generator.get_state()}
-        write_atomically(self.path / "checkpoint/state.pt", lambda file: torch.save(state, file))
+        path, step = self.path / "checkpoint/state.pt", 0
+        if path.exists():
+            with explain(f"cannot use {path}"):
+                state = torch.load(path, map_location="cpu", weights_only=True)
+                generator.set_state(state["generator"])
+                for name, part in parts.items():
+                    part.load_state_dict(state[name])
+                self.logs, step = state["logs"], state["step"]
+        if step > self.config.steps:
+            raise ValueError(f"--steps {self.config.steps}: {step} are done already")
+        write_json(self.path / "config.json", self.settings, indent=2)
+        return step
 
     def record_step(self, step, mean, batch, rollout, rewards, stats):
-        """Log a step, and save samples and a checkpoint when they are due."""
         seconds = time.perf_counter() - self.clock
         n_tokens = rollout.completion_mask.sum().item()
         useful = rewards.amax(1) > rewards.amin(1)  # groups whose rewards differ
@@ -966,11 +980,14 @@ class RunFolder:
         self.append("metrics", row)
         is_last = step == self.config.steps
         if is_last or step % self.config.eval_every == 0:
-            group = list(zip(rollout.texts, rewards[0].tolist()))  # of the first question
+            group = list(zip(rollout.texts, rewards[0].tolist()))  # ends with the first group
             question = batch[0]["question"]
             self.append("samples", {"step": step, "question": question, "completions": group})
         if is_last or step % self.config.checkpoint_every == 0:
-            self.save_checkpoint(step)
+            state = {name: part.state_dict() for name, part in self.parts.items()}
+            state |= {"step": step, "logs": self.logs, "generator": self.generator.get_state()}
+            path = self.path / "checkpoint/state.pt"
+            write_atomically(path, lambda file: torch.save(state, file))
         self.clock = time.perf_counter()
 
     def record_evaluation(self, step, result):
@@ -1005,7 +1022,7 @@ class RunFolder:
 
 
 def spearman(x, y):
-    """Spearman's rank correlation of two (N,) tensors; ties share their mean rank."""
+    """Spearman's rank correlation of two (N,) tensors."""
     ranks = [
         sum(torch.searchsorted(values.msort(), values, right=right) for right in (False, True))
         for values in (x, y)
@@ -1015,21 +1032,17 @@ def spearman(x, y):
 
 @contextlib.contextmanager
 def explain(message, kind=ValueError):
-    """Turn any error but out of memory into a `kind` with a message."""
+    """Re-raise any error except out of memory as `kind`, with a message."""
     try:
         yield
     except Exception as error:
         if is_out_of_memory(error):
             raise
-        raise kind(f"{message} ({error!r:.300})") from error
-
-
-def is_out_of_memory(error):
-    return bool(re.search("out of memory|allocate memory", str(error)))  # on a GPU, on a CPU
+        raise kind(f"{message} ({type(error).__name__}: {error!s:.300})") from error
 
 
 def write_atomically(path, write):
-    """Let write(temporary) make a file, then rename it: a stop never leaves half of it."""
+    """Let write() make a temporary file, then rename it: a stop never leaves half a file."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     with explain(f"cannot write {path}: make room, then --resume", OSError):
         path.parent.mkdir(exist_ok=True)
@@ -1045,7 +1058,6 @@ def write_json(path, *values, indent=None):
 
 
 def read_config(run_dir):
-    """The settings in an earlier run's config.json."""
     with explain(f"cannot resume {run_dir}"):
         recorded = json.loads(Path(run_dir, "config.json").read_bytes())
         names = {setting.name for setting in fields(Config)} - {"run_dir", "resume"}
@@ -1072,7 +1084,6 @@ def parse_config(argv=None):
 def main(argv=None):
     """Run a command line; returns its status: 0, 2 after an error, 130 after Ctrl-C."""
     transformers.utils.logging.disable_progress_bar()
-    sys.stdout.reconfigure(line_buffering=True)  # for log files
     try:
         train(parse_config(argv))
         return 0
@@ -1082,12 +1093,13 @@ def main(argv=None):
     except (ValueError, OSError, FloatingPointError, RuntimeError) as error:
         message = str(error)
         if is_out_of_memory(error):
-            message = f"out of memory: lower --micro-batch or --prompts-per-step ({message})"
+            message = f"out of memory: lower --prompts-per-step or --micro-batch ({message})"
         elif isinstance(error, RuntimeError):
-            raise
+            raise  # a bug
         tqdm.write("gainrl.py: " + " ".join(message.split())[:600], sys.stderr)
         return 2
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(line_buffering=True)  # for logs
     sys.exit(main())

