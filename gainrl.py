@@ -7,51 +7,52 @@ signal read from the model itself:
 
     1. Score   each question by its angle concentration C = C_intra + C_inter. C_intra is the mean
                cosine between the hidden states of the question's tokens. C_inter is the mean cosine
-               between them and those of the prefix, the text in front of every question.
+               between these and the states of the prefix, the text in front of every question.
     2. Rank    the questions by C, highest first.
-    3. Train   on batches from a Gaussian over the ranks. Its mean mu starts at rank 0 and moves
-               toward low C: mu += n (tanh(alpha (accuracy - beta)) + tanh(gamma C)).
+    3. Train   on batches from a Gaussian over the ranks. Its mean mu starts at 0. High accuracy and
+               C move it on: mu += n max(0, tanh(alpha (accuracy - beta)) + tanh(gamma C)).
 
                   rank 0, highest C                      rank N - 1, lowest C
-        batch 0   |#####==--.                                               |
+        batch 0   |###==--.                                                 |
         batch 10  |              .--==#####==--.                            |
-        batch 25+ |                                               .--==#####|
+        batch 25+ |                                                 .--==###|
 
-With the defaults, mu reaches the last rank after about 25 of 200 batches (in the authors' runs,
-after about 16 of 200 epochs). All later batches come from the questions of lowest C.
+With the defaults, at C = 0.85 and accuracy 1/3, mu reaches the last rank after 25 of 200 batches
+(in the authors' runs, about 16 of 200). All later batches stay around the lowest C.
 
 Why C? The paper says that aligned token vectors predict large gradients. That is a claim, not a
 fact. Section 5 below says what is exact, and extras/STUDY.md tests the rest.
 
-    python gainrl.py                              Qwen2.5-0.5B on GSM8K; without a GPU, a tiny model
-    python gainrl.py --curriculum uniform         the baseline: plain GRPO on random questions
-    python gainrl.py --resume runs/tiny-angle-0   continue after any kind of stop
+    python gainrl.py                             Qwen2.5-0.5B on GSM8K; without a GPU, a tiny model
+    python gainrl.py --curriculum uniform        the baseline: plain GRPO on random questions
+    python gainrl.py --resume runs/tiny-angle-0  continue after any kind of stop
 
-    symbol        meaning                             in the code       typical (gsm8k)
-    N             training questions                  len(problems)     7473
-    P, G          questions, completions of each      prompts_per_step, group_size: 32, 8
-    C             angle concentration of a question   concentration     0.85 (SmolLM2-135M)
-    mu, sigma     mean and width of the Gaussian      mean, sigma       0 to N - 1, 1000 ranks
-    n             unit of its moves                   curriculum_step   500 ranks
-    beta          accuracy that adds no move          target_accuracy   0.5
-    alpha, gamma  weights of accuracy and C           alpha, gamma      2, 2
-    A             advantage of a completion           advantages        -2.5 to 2.5
-    epsilon       clip range of the ratio             clip_eps          0.2
+    symbol        meaning                            in the code      typical (gsm8k)
+    N             training questions                 len(problems)    7473
+    P, G          questions, completions of each     prompts_per_step, group_size: 32, 8
+    C             angle concentration of a question  concentration    0.85 (SmolLM2-135M)
+    mu, sigma     mean and width of the Gaussian     mean, sigma      0 to N - 1, 1000 ranks
+    n             unit of its moves                  curriculum_step  500 ranks
+    beta          accuracy that adds no move         target_accuracy  0.5
+    alpha, gamma  weights of accuracy and C          alpha, gamma     2, 2
+    A             advantage of a completion          advantages       -2.5 to 2.5
+    epsilon       clip range of the ratio            clip_eps         0.2
 
 Deliberate choices in GRPO:
 
     - Advantages are z-scores within a group, as in the GRPO paper.
     - The loss is the mean over all tokens of a batch. The GRPO paper averages each completion
-      first, which gives long completions less weight.
+      first, so the tokens of long ones weigh less.
     - One gradient step per batch (--updates): the ratio is exactly 1 and nothing is clipped. The
-      loss would be 0 if all completions were equally long. It does not measure progress.
-    - AdamW without weight decay, a constant learning rate, a gradient norm of at most 1.
-    - The reward is 1 if the answer that is read is right, else 0. Nothing else counts.
+      loss does not measure progress: without KL and with equal lengths, it is 0.
+    - AdamW without weight decay, a constant learning rate, gradient norm at most 1.
+    - The reward is 1 if a right answer can be read, else 0.
     - No dynamic sampling, overlong filter or entropy bonus.
     - One GPU trains and samples. For several, see extras/train_trl.py."""
 
 # --- 1. Imports
 
+import argparse
 import contextlib
 import copy
 import inspect
@@ -101,9 +102,9 @@ def setting(default, help_text):
 
 @dataclass
 class Config:
-    """All settings of a run. ValueError for a number that is out of range."""
+    """All settings of a run. ValueError for numbers out of range and for contradictions."""
 
-    preset: Literal["gsm8k", "tiny"] = setting("gsm8k", "tiny by default if there is no GPU")
+    preset: Literal["gsm8k", "tiny"] = setting("gsm8k", "tiny without GPU, --model, --dataset")
     model: str = setting("Qwen/Qwen2.5-0.5B-Instruct", "hub name or folder")
     dataset: str = setting("openai/gsm8k", "hub name or folder")
     curriculum: Literal["angle", "length", "shuffled", "uniform"] = setting("angle", "see README")
@@ -111,18 +112,18 @@ class Config:
     prompts_per_step: int = setting(32, "P, questions per batch")
     group_size: int = setting(8, "G, completions per question")
     updates: int = setting(1, "gradient steps per batch")
-    max_new_tokens: int = setting(512, "longest completion, in tokens")
+    max_new_tokens: int = setting(512, "L, tokens per completion")
     micro_batch: int = setting(32, "completions per backward pass; halved if memory runs out")
     temperature: float = setting(1.0, "of sampling; evaluation is greedy")
     lr: float = setting(1e-6, "learning rate, constant")
-    clip_eps: float = setting(0.2, "epsilon of the clipped ratio")
+    clip_eps: float = setting(0.2, "epsilon of the clip")
     kl_coef: float = setting(0.001, "weight of the KL term")
     sigma: float | None = setting(None, "width of the Gaussian, in ranks; None: 0.134 N")
     curriculum_step: float | None = setting(None, "n, unit of its moves; None: 0.067 N")
     target_accuracy: float = setting(0.5, "beta, the neutral accuracy")
-    alpha: float = setting(2.0, "weight of the accuracy in the moves")
+    alpha: float = setting(2.0, "weight of accuracy in the moves")
     gamma: float = setting(2.0, "weight of C in the moves")
-    seed: int = setting(0, "random seed of draws and sampling")
+    seed: int = setting(0, "of draws and sampling")
     device: str = setting("cuda" if torch.cuda.is_available() else "cpu", "cpu, cuda, cuda:1, mps")
     eval_every: int = setting(50, "batches between evaluations")
     eval_examples: int = setting(512, "test questions per evaluation")
@@ -141,7 +142,7 @@ class Config:
         if self.model == TINY_WORLD and self.dataset != TINY_WORLD:
             raise ValueError("--dataset needs --model: the tiny model knows only its own words")
         if self.resume and self.run_dir:
-            raise ValueError("--resume and --run-dir: give only one of them")
+            raise ValueError("--resume and --run-dir: give only one")
 
 
 def flag(name):
@@ -153,7 +154,7 @@ def flag(name):
 
 def train(config):
     """Score, rank, train, evaluate; returns the summary. ValueError for bad input, OSError for a
-    failed write, FloatingPointError for numbers that are not finite."""
+    failed write, FloatingPointError for NaN."""
     run = RunFolder(config)
     model, tokenizer, problems, test_problems = load_task(config)
     run.create()
@@ -176,7 +177,7 @@ def train(config):
         mean = curriculum.mean  # update() below moves it
         batch = [problems[index] for index in curriculum.sample()]
         prompts = [problem["prompt"] for problem in batch]
-        # 2. Sample G completions of each: (P, T) -> (P G, T + L). It also measures their C now.
+        # 2. Sample G completions of L tokens at most: (P, T) -> (P G, T + L). Measure C again.
         rollout = generate(model, tokenizer, prompts, config, config.group_size, generator)
         # 3. Reward each completion and compare it with its group: (P, G).
         golds = [problem["answer"] for problem in batch for _ in range(config.group_size)]
@@ -184,7 +185,7 @@ def train(config):
         advantages = group_advantages(rewards)
         # 4. Update the policy with the clipped loss.
         stats = grpo_update(model, reference, optimizer, rollout, advantages, config)
-        # 5. Move the Gaussian by the batch's accuracy and C.
+        # 5. Move the Gaussian by the batch's accuracy and its C, as measured in 2.
         curriculum.update(rewards.mean().item(), rollout.concentration)
         run.record_step(step + 1, mean, batch, rollout, rewards, stats)
 
@@ -194,55 +195,29 @@ def train(config):
 
 
 # --- 4. The task: prompts, answers, reward
-# Needs contextlib, re, namedtuple.
+# To copy this section alone, import contextlib, re, namedtuple.
 #
 # A rendered prompt with prefix and question underlined:
 #
-#   <|im_start|>system Solve ... <|im_start|>user Ben has 6 cards. ... How many cards does Ben have
-#   ^^^^^^^^^^^^^^^^^ prefix ^^^^^^^^^^^^^^^ ^^^^^^^^^^^^^^^^^^^^^^ question ^^^^^^^^^^^^^^^^^^^^^^
-#   now? <|im_end|> <|im_start|>assistant
-#   ^^^^
+#   <|im_start|>system Solve ... What is 2+2? ... <|im_start|>user Ben has 6 cards. ... How many
+#   ^^^^^^^^^^^^^^^^^^^^^^^^^^^ prefix ^^^^^^^^^^^^^^^^^^^^^^^^^^^ ^^^^^^^^^ question ^^^^^^^^^^
+#   cards does Ben have now? <|im_end|> <|im_start|>assistant
+#   ^^^^^^^^^^^^^^^^^^^^^^^^
 # In the tiny world, this question has a high C, 0.73. One with a low C, 0.46: "Cid has 18 birds. On
 # Monday Cid loses 8. On Tuesday Cid gets 4. On Wednesday Cid loses 9. On Thursday ..."
 
 # ids[:start] is the prefix, ids[start:end] the question; ids[end:] opens the assistant's turn. A
-# token across the border belongs to the question, so prefixes can differ by a token.
+# token across the border counts as question, so prefixes can differ by a token.
 Prompt = namedtuple("Prompt", "ids start end")
 
 SYSTEM_PROMPT = "Solve the problem step by step. Write the final number as \\boxed{number}."
 EXAMPLE_QUESTION = "What is 2+2?"
 EXAMPLE_ANSWER = "2 + 2 = 4. The answer is \\boxed{4}."
-PLACEHOLDER = "\ue000"  # a character in no template and no question
-
-
-def build_messages(question):
-    """The chat of one question: system prompt, worked example, question."""
-    return [
-        {"role": "system", "content": SYSTEM_PROMPT},
-        {"role": "user", "content": EXAMPLE_QUESTION},
-        {"role": "assistant", "content": EXAMPLE_ANSWER},
-        {"role": "user", "content": question},
-    ]
-
-
-def render_chat(tokenizer, question):
-    """The chat as text, with thinking switched off. If the template rejects or drops the system
-    role, the system prompt joins the first user turn."""
-    system, first_turn, *other_turns = build_messages(question)
-    merged_turn = {"role": "user", "content": f"{SYSTEM_PROMPT}\n\n{first_turn['content']}"}
-    for chat in ([system, first_turn, *other_turns], [merged_turn, *other_turns]):
-        with contextlib.suppress(Exception):  # each template rejects in its own way
-            text = tokenizer.apply_chat_template(
-                chat, tokenize=False, add_generation_prompt=True, enable_thinking=False
-            )
-            if SYSTEM_PROMPT in text:
-                return text
-    raise ValueError(f"{tokenizer.name_or_path} has no usable chat template")
+PLACEHOLDER = "\ue000"  # in no template and no question
 
 
 def encode_prompts(tokenizer, questions):
-    """A Prompt for each question of a list. Tokens that touch its text belong to it. ValueError for
-    a template that cannot be used."""
+    """A Prompt for each question of a list. ValueError for a template that cannot be used."""
     name = tokenizer.name_or_path
     parts = render_chat(tokenizer, PLACEHOLDER).split(PLACEHOLDER)
     if len(parts) != 2:
@@ -260,29 +235,29 @@ def encode_prompts(tokenizer, questions):
     return prompts
 
 
-# Bare numbers only: 42  -8  2.50  1,000  1{,}000  $12  \$12  -$7  -\$7  30%  30\%  42.
-NUMBER = (
-    r"\s*(?P<minus>-?)(?:\\?\$)?"
-    r"(?P<digits>(?:[0-9]+|[0-9]{1,3}(?:(?:,|\{,\})[0-9]{3})+)(?:\.[0-9]+)?)(?:\\?%)?\.?\s*"
-)
+def render_chat(tokenizer, question):
+    """The chat as text, with thinking switched off. If the template rejects or drops the system
+    role, the system prompt joins the first user turn."""
+    chat = build_messages(question)
+    merged = {"role": "user", "content": f"{SYSTEM_PROMPT}\n\n{EXAMPLE_QUESTION}"}
+    for messages in (chat, [merged, *chat[2:]]):
+        with contextlib.suppress(Exception):  # each template rejects in its own way
+            text = tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True, enable_thinking=False
+            )
+            if SYSTEM_PROMPT in text:
+                return text
+    raise ValueError(f"{tokenizer.name_or_path} has no usable chat template")
 
 
-def extract_answer(text, is_gold=False):
-    """The number in the last `\\boxed{}`; if there is no box, or in gold answers, after the last
-    `####`. A float, or None. Words, units, fractions and nested boxes are not read: an unread
-    answer costs one reward, but a misread one teaches a mistake."""
-    before, box, after = text.rpartition("\\boxed")
-    if box and not is_gold:
-        is_open = before.count("{") > before.count("}")  # as in \boxed{\boxed{5} + 1}
-        is_nested = is_open and after.count("}") > after.count("{")
-        match = None if is_nested else re.match(r"\{" + NUMBER + r"\}(?!\s*\})", after)
-    else:
-        _, hashes, after = text.rpartition("####")
-        match = re.fullmatch(NUMBER, after) if hashes else None
-    digits = re.sub("[,{}]", "", match["digits"]) if match else ""
-    if not 1 <= len(digits.replace(".", "")) <= 15:  # more digits would be rounded
-        return None
-    return float(match["minus"] + digits)
+def build_messages(question):
+    """The chat of one question."""
+    return [
+        {"role": "system", "content": SYSTEM_PROMPT},
+        {"role": "user", "content": EXAMPLE_QUESTION},
+        {"role": "assistant", "content": EXAMPLE_ANSWER},
+        {"role": "user", "content": question},
+    ]
 
 
 def reward(completion, gold):
@@ -291,12 +266,38 @@ def reward(completion, gold):
     return float(answer is not None and answer == extract_answer(gold, is_gold=True))
 
 
+def extract_answer(text, is_gold=False):
+    """The number in the last `\\boxed{}`; if there is no box, or in gold answers, after the last
+    `####`. A float, or None. Words, units, fractions and nested boxes are not read: an unread
+    answer costs one reward, but a misread one teaches a mistake."""
+    before, box, after = text.rpartition("\\boxed")
+    if box and not is_gold:
+        # Nested: \boxed{\boxed{5} + 1}. If a "}" before hides it, (?!...) sees "}}".
+        is_open = before.count("{") > before.count("}")
+        is_nested = is_open and after.count("}") > after.count("{")
+        match = None if is_nested else re.match(r"\{" + NUMBER + r"\}(?!\s*\})", after)
+    else:
+        _, hashes, after = text.rpartition("####")
+        match = re.fullmatch(NUMBER, after) if hashes else None
+    digits = re.sub("[,{}]", "", match["digits"]) if match else ""
+    if not 1 <= len(digits.replace(".", "")) <= 15:  # more are rounded
+        return None
+    return float(match["minus"] + digits)
+
+
+# Bare numbers only: 42  -8  2.50  1,000  1{,}000  $12  \$12  -$7  -\$7  30%  30\%  42.
+NUMBER = (
+    r"\s*(?P<minus>-?)(?:\\?\$)?"
+    r"(?P<digits>(?:[0-9]+|[0-9]{1,3}(?:(?:,|\{,\})[0-9]{3})+)(?:\.[0-9]+)?)(?:\\?%)?\.?\s*"
+)
+
+
 # --- 5. The signal: angle concentration (paper, section 3)
 # Needs copy, inspect, os, torch, F, namedtuple, tqdm.
 #
 # For a linear layer Y = X W with token rows x_i and upstream gradients g_i,
 #     |dL/dW|_F^2 = sum_ij (x_i . x_j)(g_i . g_j)   and   x_i . x_j = |x_i| |x_j| cos(theta_ij).
-# This is exact. A forward pass gives the x_i before there is any loss, and C keeps their cosines.
+# This is exact. A forward pass gives the x_i, no loss needed, and C averages their cosines.
 # The prefix's tokens are in the sum too, hence C_inter. The paper takes the states after the final
 # norm as a proxy for all layers. It does not follow that C predicts gradients.
 
@@ -323,7 +324,8 @@ def angle_concentration(hidden, prefix_mask, question_mask):
     # Not multiplied by the mask: padding may hold NaN.
     prefix_sum = u.masked_fill(~prefix_mask[..., None], 0).sum(1)
     question_sum = u.masked_fill(~question_mask[..., None], 0).sum(1)
-    n_prefix, n_question = prefix_mask.sum(1), question_mask.sum(1)
+    n_prefix = prefix_mask.sum(1)
+    n_question = question_mask.sum(1)
     # sum_ij cos(theta_ij) = |sum_i u_i|^2: O(T D), not O(T^2 D) as for a T x T matrix.
     intra = question_sum.square().sum(1) / (n_question * n_question)
     inter = (question_sum * prefix_sum).sum(1) / (n_question * n_prefix).clamp(min=1)
@@ -337,7 +339,8 @@ def score_prompts(model, prompts, batch_size=64):
     The shared prefix is run once. Prompts whose questions end at the same position are batched
     together, so nothing is padded. ValueError if the prompts share no first token."""
     device = model.device
-    intra, inter = torch.zeros(len(prompts)), torch.zeros(len(prompts))
+    intra = torch.zeros(len(prompts))
+    inter = torch.zeros(len(prompts))
     # commonprefix works on lists too.
     shared_ids = os.path.commonprefix([prompt.ids[: prompt.start] for prompt in prompts])
     if not shared_ids:
@@ -373,7 +376,7 @@ def run_backbone(model, ids, attention_mask=None, position_ids=None, cache=None)
     # transformers 5.24 renamed past_key_values to cache in some models.
     renamed = "cache" in inspect.signature(backbone.forward).parameters
     cache_name = "cache" if renamed else "past_key_values"
-    output = backbone(  # by keyword: the order of arguments differs between models
+    output = backbone(
         input_ids=ids,
         attention_mask=attention_mask,
         position_ids=position_ids,
@@ -385,7 +388,7 @@ def run_backbone(model, ids, attention_mask=None, position_ids=None, cache=None)
 
 def mixed_precision(device):
     """A context for bfloat16 matrix products, if the GPU has them. Weights stay float32: bfloat16
-    would round updates of 1e-6 away. Leave it before an optimizer step, for it caches weights."""
+    would round updates of 1e-6 away. Keep optimizer steps outside, because it caches weights."""
     enabled = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
 
@@ -395,8 +398,8 @@ def mixed_precision(device):
 
 
 def make_curriculum(config, scores):
-    """The GaussianCurriculum of a run. Each --curriculum sorts by something else; `uniform` has an
-    infinitely wide Gaussian."""
+    """The GaussianCurriculum of a run. --curriculum sets the sort key; `uniform` makes the Gaussian
+    infinitely wide instead."""
     generator = torch.Generator().manual_seed(config.seed)
     sort_by = {
         "angle": scores.concentration,
@@ -423,8 +426,8 @@ class GaussianCurriculum(torch.utils.data.Sampler):
     None means 500/7473 and 1000/7473 of N, as in the authors' code for GSM8K. sigma = inf draws
     uniformly. Iterating yields batches without end. ValueError for invalid input.
 
-    For GSM8K questions in SmolLM2-135M, C is 0.85 with a standard deviation of 0.06, so tanh(2C) is
-    about 0.93 and hardly varies. The C term is a steady drift; the accuracy does the steering."""
+    With SmolLM2-135M, GSM8K questions have a mean C of 0.85 and a standard deviation of 0.06, so
+    tanh(2C) is about 0.93 and hardly varies. The C term is a steady drift; accuracy steers."""
 
     def __init__(
         self,
@@ -451,7 +454,9 @@ class GaussianCurriculum(torch.utils.data.Sampler):
         self.sigma = 1000 / 7473 * n_questions if sigma is None else sigma
         if not (self.step > 0 and self.sigma > 0):
             raise ValueError(f"step {self.step} and sigma {self.sigma} must be above 0")
-        self.target_accuracy, self.alpha, self.gamma = target_accuracy, alpha, gamma
+        self.target_accuracy = target_accuracy
+        self.alpha = alpha
+        self.gamma = gamma
         self.generator = torch.Generator().manual_seed(seed)
 
     def log_density(self):
@@ -459,7 +464,7 @@ class GaussianCurriculum(torch.utils.data.Sampler):
         return -0.5 * ((rank - self.mean) / self.sigma) ** 2
 
     def probabilities(self):
-        """The probability of each rank for the next draw: (N,) float64."""
+        """The probability of each rank to be drawn first: (N,) float64. For plots."""
         return self.log_density().softmax(0)
 
     def sample(self):
@@ -471,7 +476,7 @@ class GaussianCurriculum(torch.utils.data.Sampler):
         ranks = (self.log_density() + gumbel).topk(self.batch_size).indices
         return self.order[ranks].tolist()
 
-    def __iter__(self):
+    def __iter__(self):  # for DataLoader(batch_sampler=...)
         while True:
             yield self.sample()
 
@@ -496,7 +501,8 @@ class GaussianCurriculum(torch.utils.data.Sampler):
     def load_state_dict(self, state):
         if len(state["order"]) != len(self.order):
             raise ValueError(f"{len(self.order)} questions now, {len(state['order'])} before")
-        self.order, self.mean = state["order"], state["mean"]
+        self.order = state["order"]
+        self.mean = state["mean"]
         self.generator.set_state(state["generator"])
 
 
@@ -507,13 +513,13 @@ LOGIT_CHUNK = 512  # tokens whose logits are in memory at the same time
 # G completions of each of P prompts: B = P G rows, those of a prompt next to each other.
 #     ids, attention_mask    (B, T + L): T prompt tokens, padded on the left, L of completion
 #     completion_mask        (B, L): True up to and including the end token; L = max_new_tokens
-#     texts, concentration   the B completions as strings, and the mean C of the prompts
+#     texts, concentration   the B completions as strings; the prompts' mean C now
 Rollout = namedtuple("Rollout", "ids attention_mask completion_mask texts concentration")
 
 
 def group_advantages(rewards):
-    """z-scores of the rewards within each group, (P, G) -> (P, G); zeros for a flat group, whose
-    rewards are all equal: it teaches nothing. ValueError for groups of one."""
+    """z-scores of the rewards within each group, (P, G) -> (P, G). A flat group, whose rewards are
+    all equal, gets zeros. ValueError for groups of one."""
     if rewards.shape[1] < 2:
         raise ValueError("a group of one has no advantage")
     mean = rewards.float().mean(1, keepdim=True)
@@ -527,7 +533,7 @@ def grpo_update(model, reference, optimizer, rollout, advantages, config):
     the last one. advantages: (P, G). reference: a model, or None if config.kl_coef is 0.
 
     If memory runs out, config.micro_batch is halved and the gradient computed again.
-    FloatingPointError, before the weights change, for a loss or gradient that is not finite."""
+    FloatingPointError, before that step, for a loss or gradient that is not finite."""
     old_logprobs = torch.zeros(rollout.completion_mask.shape, device=rollout.ids.device)
     for k in range(config.updates):
         inputs = (model, reference, rollout, advantages, old_logprobs, k == 0, config)
@@ -538,7 +544,7 @@ def grpo_update(model, reference, optimizer, rollout, advantages, config):
             except RuntimeError as error:
                 if config.micro_batch == 1 or not is_out_of_memory(error):
                     raise
-            # Not inside `except`, where the error keeps the failed attempt's tensors alive.
+            # Not in `except`: there the error keeps the failed tensors alive.
             config.micro_batch //= 2
             tqdm.write(f"out of memory: continuing with --micro-batch {config.micro_batch}")
             optimizer.zero_grad()
@@ -547,32 +553,39 @@ def grpo_update(model, reference, optimizer, rollout, advantages, config):
         if not math.isfinite(stats["grad_norm"] + stats["loss"]):
             raise FloatingPointError(f"not finite, try a lower --lr: {stats}")
         optimizer.step()
-        optimizer.zero_grad()  # frees memory for sampling
+        optimizer.zero_grad()
     return stats
 
 
+def is_out_of_memory(error):
+    message = str(error) if isinstance(error, RuntimeError) else ""
+    return "out of memory" in message or "allocate memory" in message
+
+
 def compute_gradient(model, reference, rollout, advantages, old_logprobs, is_first, config):
-    """Set the gradient of grpo_loss over a Rollout; returns its loss, kl and clip_fraction.
-    advantages: (P, G). old_logprobs: (B, L), written in the first update, read in later ones.
+    """Set the gradient of grpo_loss over a Rollout; returns loss, kl and clip_fraction.
+    advantages: (P, G). old_logprobs: (B, L), written in the first update and kept.
 
     Micro-batches, weighted by their tokens, add up to the gradient of the batch. They hold rows of
     similar length, to save padding. Without a KL term, rows of advantage 0 are skipped."""
     lengths = rollout.completion_mask.sum(1)
     n_tokens = lengths.sum().item()
     prompt_length = rollout.ids.shape[1] - rollout.completion_mask.shape[1]
-    group_size, advantages = advantages.shape[1], advantages.flatten().to(lengths.device)
+    group_size = advantages.shape[1]
+    advantages = advantages.flatten().to(lengths.device)
     active_rows = lengths.argsort(stable=True)
     if not config.kl_coef:
         active_rows = active_rows[advantages[active_rows] != 0]
-    # Zeros, not None: skipping rows must not change what AdamW does.
+    # Zeros, not None: if no row is active, AdamW must still move by its momentum.
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     stats = {"loss": 0.0, "kl": 0.0, "clip_fraction": 0.0}
     for first in range(0, len(active_rows), config.micro_batch):
-        # msort() puts rows of one prompt side by side again, so it is run once.
+        # msort() puts a prompt's rows side by side again, so that it is run once.
         rows = active_rows[first : first + config.micro_batch].msort()
         used = rollout.attention_mask[rows].any(0)  # columns that are not only padding
-        ids, attention_mask = rollout.ids[rows][:, used], rollout.attention_mask[rows][:, used]
+        ids = rollout.ids[rows][:, used]
+        attention_mask = rollout.attention_mask[rows][:, used]
         completion_mask = rollout.completion_mask[rows][:, used[prompt_length:]]
         length = completion_mask.shape[1]
         inputs = (ids, attention_mask, length, config.temperature, rows // group_size)
@@ -628,9 +641,9 @@ def completion_logprobs(model, ids, attention_mask, length, temperature, prompt_
     """Log-probabilities of the last `length` tokens of each row at the sampling temperature:
     float32 (B, length), 0 where attention_mask is False.
 
-    ids, attention_mask: (B, T + length). prompt_index: (B,), the prompt of each row, which is run
-    once for neighbors that share it. Logits are computed LOGIT_CHUNK tokens at a time, and again in
-    the backward pass, because all of them would take gigabytes."""
+    ids, attention_mask: (B, T + length). prompt_index: (B,), the number of each row's prompt;
+    neighbors with the same number share one run of it. Logits are computed LOGIT_CHUNK tokens at a
+    time, and again in the backward pass, because all of them would take gigabytes."""
     lm_head = model.get_output_embeddings()
     position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)
     prompt_length = ids.shape[1] - length
@@ -697,7 +710,7 @@ def generate(model, tokenizer, prompts, config, group_size=1, generator=None):
         )
         end_ids = end_tokens(model, tokenizer, prompts)
         decode_rows = decode
-        if device.type == "cuda":  # optional: the same completions, several times faster
+        if device.type == "cuda":  # optional: the same completions, three times as fast
             with contextlib.suppress(ImportError):
                 from extras import cuda_graph
 
@@ -718,24 +731,19 @@ def left_pad(tensors, value):
 def end_tokens(model, tokenizer, prompts):
     """The tokens that end a completion, (E,): those of the generation config, the tokenizer's, and
     the chat template's end of turn. ValueError if there are none."""
-    ends = model.generation_config.eos_token_id  # an id, a list or None
+    ends = model.generation_config.eos_token_id  # id, list or None
     ends = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id}
-    after_question = prompts[0].ids[prompts[0].end :][:1]
-    if set(after_question) <= set(tokenizer.added_tokens_decoder):
-        ends.update(after_question)  # a special token after the question ends the turn
+    special = {k for k, token in tokenizer.added_tokens_decoder.items() if token.special}
+    # A special token after the question ends the turn.
+    ends |= special.intersection(prompts[0].ids[prompts[0].end :][:1])
     if ends == {None}:
         raise ValueError(f"{model.name_or_path} has no end token")
     return torch.tensor(sorted(ends - {None}), device=model.device)
 
 
-def is_out_of_memory(error):
-    message = str(error) if isinstance(error, RuntimeError) else ""
-    return "out of memory" in message or "allocate memory" in message  # of a GPU, of a CPU
-
-
 def decode(model, cache, hidden, ids, attention_mask, end_ids, config, generator):
     """Write completions to the last L columns of ids and attention_mask, (B, T + L). hidden: the
-    prompts' last states, (B, D). Finished rows leave the batch once they are half of it."""
+    prompts' last states, (B, D). Finished rows leave once they are 1/8."""
     lm_head = model.get_output_embeddings()
     n_rows, length = ids.shape
     rows = torch.arange(n_rows, device=ids.device)  # still in the batch
@@ -748,7 +756,7 @@ def decode(model, cache, hidden, ids, attention_mask, end_ids, config, generator
         n_active = active.sum()
         if n_active == 0 or column == length - 1:
             break
-        if n_active <= len(rows) / 2:
+        if n_active <= 7 / 8 * len(rows):
             kept = active.nonzero().squeeze(1)
             cache.batch_select_indices(kept)
             rows, active, token = rows[kept], active[kept], token[kept]
@@ -761,8 +769,8 @@ def decode(model, cache, hidden, ids, attention_mask, end_ids, config, generator
 def next_token(logits, temperature, generator, rows, n_rows):
     """The next token of each row, (B, 1): the most likely one, or a draw if there is a generator.
 
-    torch.multinomial also takes argmax of p / Exponential(1), but first checks p, which breaks CUDA
-    graphs. Drawing for all n_rows rows makes a row's draws independent of finished rows."""
+    The draw is argmax of p / Exponential(1). torch.multinomial does the same, but checks p first,
+    which breaks CUDA graphs. Drawing for all n_rows rows keeps draws the same when rows leave."""
     if generator is None:
         return logits.argmax(-1, keepdim=True)
     probabilities = (logits.float() / temperature).softmax(-1)
@@ -795,7 +803,8 @@ def evaluate(model, tokenizer, problems, config):
 
 def wilson_interval(successes, trials):
     """The 95% Wilson interval of a share."""
-    z, share = 1.96, successes / trials
+    z = 1.96
+    share = successes / trials
     center = share + z**2 / (2 * trials)
     half_width = z * math.sqrt(share * (1 - share) / trials + z**2 / (4 * trials**2))
     scale = 1 + z**2 / trials
@@ -812,7 +821,7 @@ def load_task(config):
     model, tokenizer = load_model(config.model, config.device)
     limits = model.config.get_text_config()
     context = getattr(limits, "max_position_embeddings", None) or math.inf
-    # Some models change their rotary frequencies past this length, and cached keys go stale.
+    # Past the original length, some RoPE variants rotate all keys anew, and cached keys are wrong.
     rope = getattr(limits, "rope_parameters", None) or {}
     longest = (rope.get("original_max_position_embeddings") or context) - config.max_new_tokens
     problems = load_problems(tokenizer, config.dataset, "train", longest)
@@ -850,13 +859,15 @@ def find_folder(name):
 
 @torch.no_grad()
 def check_model(model, prompt):
-    """ValueError unless lm_head of run_backbone's states, with padding on the left and a repeated
-    cache, gives the model's own logits."""
+    """ValueError unless run_backbone and lm_head, with left padding and a repeated cache, give the
+    model's own logits."""
     with explain(f"cannot use --model {model.name_or_path}"):
         ids = torch.tensor([prompt.ids], device=model.device)
         own = model(input_ids=ids).logits[:, prompt.start :].float()
         positions = torch.arange(-3, ids.shape[1], device=model.device)[None]  # 3 of padding
-        ids, mask, positions = F.pad(ids, (3, 0)), positions >= 0, positions.clamp(min=0)
+        mask = positions >= 0
+        positions = positions.clamp(min=0)
+        ids = F.pad(ids, (3, 0))
         split = prompt.start + 3  # the prefix is run once, then the rest in two rows
         _, cache = run_backbone(model, ids[:, :split], mask[:, :split], positions[:, :split])
         cache.batch_repeat_interleave(2)
@@ -875,7 +886,7 @@ def load_problems(tokenizer, source, split, longest):
         if path.parent.is_dir():
             lines = path.read_bytes().splitlines()
         else:
-            import datasets  # here, for importing it takes a second
+            import datasets  # imported here: it takes a second
 
             lines = [json.dumps(row) for row in datasets.load_dataset(source, "main", split=split)]
     rows = []
@@ -883,7 +894,7 @@ def load_problems(tokenizer, source, split, longest):
         with explain(f"{path}:{number}: cannot use {line!r:.99}"):
             if line.strip():
                 row = json.loads(line)
-                row["question"].encode()  # fails for half of a surrogate pair
+                row["question"].encode()  # fails for a lone surrogate
                 gold = extract_answer(row["answer"], is_gold=True)
                 if gold is None or not row["question"].strip():
                     raise ValueError("no question, or no number after ####")
@@ -895,18 +906,18 @@ def load_problems(tokenizer, source, split, longest):
         if len(prompt.ids) <= longest
     ]
     if not problems:
-        raise ValueError(f"{path}: no question fits: lower --max-new-tokens")
+        raise ValueError(f"{path}: no question, or none that leaves room for --max-new-tokens")
     if len(problems) < len(rows):
         tqdm.write(f"left out {len(rows) - len(problems)} {split} prompts: too long")
     return problems
 
 
 class RunFolder:
-    """The directory of a run. Its files (see README) are replaced as a whole and never deleted, so
-    a run can be stopped in any way and continued with --resume."""
+    """The directory of a run. Its files (see README) are replaced as a whole, except in model/, and
+    never deleted, so a run can be stopped in any way and continued with --resume."""
 
     def __init__(self, config):
-        """ValueError if a resumed run would change a setting that affects its results."""
+        """ValueError if a resumed run would change its results."""
         self.config = config
         self.settings = asdict(config)
         del self.settings["run_dir"], self.settings["resume"]  # a run may be moved
@@ -917,7 +928,7 @@ class RunFolder:
                 raise ValueError(f"{flag(name)}: the resumed run keeps {recorded[name]}")
 
     def create(self):
-        """Create the directory and print how to continue; ValueError if it exists."""
+        """Create the directory of a new run; ValueError if --run-dir exists."""
         config = self.config
         default = f"runs/{config.preset}-{config.curriculum}-{config.seed}"
         self.path = Path(config.resume or config.run_dir or default)
@@ -938,7 +949,7 @@ class RunFolder:
         columns = [column.tolist() for column in scores]
         rows = [
             {"index": problem["index"], **dict(zip(Scores._fields, values))}
-            for problem, values in zip(problems, zip(*columns))
+            for problem, *values in zip(problems, *columns)
         ]
         write_json(self.path / "scores.jsonl", *rows)
         ranks = curriculum.order.argsort()
@@ -946,8 +957,9 @@ class RunFolder:
         tqdm.write(f"Spearman of rank and length: {self.rank_length:.2f}")
 
     def load_checkpoint(self, generator, **parts):
-        """Restore the last checkpoint, if there is one; returns its number of finished steps."""
-        self.generator, self.parts = generator, parts
+        """Keep parts, load a checkpoint, save a new --steps; returns its step."""
+        self.generator = generator
+        self.parts = parts
         self.clock = time.perf_counter()
         path, step = self.path / "checkpoint/state.pt", 0
         if path.exists():
@@ -956,7 +968,8 @@ class RunFolder:
                 generator.set_state(state["generator"])
                 for name, part in parts.items():
                     part.load_state_dict(state[name])
-                self.logs, step = state["logs"], state["step"]
+                self.logs = state["logs"]
+                step = state["step"]
         if step > self.config.steps:
             raise ValueError(f"--steps {self.config.steps}: {step} are done already")
         write_json(self.path / "config.json", self.settings, indent=2)
@@ -980,7 +993,7 @@ class RunFolder:
         self.append("metrics", row)
         is_last = step == self.config.steps
         if is_last or step % self.config.eval_every == 0:
-            group = list(zip(rollout.texts, rewards[0].tolist()))  # ends with the first group
+            group = list(zip(rollout.texts, rewards[0].tolist()))  # zip stops after one group
             question = batch[0]["question"]
             self.append("samples", {"step": step, "question": question, "completions": group})
         if is_last or step % self.config.checkpoint_every == 0:
@@ -1002,7 +1015,8 @@ class RunFolder:
 
     def finish(self, model, tokenizer):
         """Write model/ (if it was trained) and summary.json; returns the summary."""
-        metrics, folder = self.logs["metrics"], self.path / "model"
+        metrics = self.logs["metrics"]
+        folder = self.path / "model"
         summary = {**self.settings, "rank_length_correlation": self.rank_length}
         if self.config.steps:
             with explain(f"cannot write {folder}", OSError):
@@ -1010,10 +1024,11 @@ class RunFolder:
                 tokenizer.save_pretrained(folder)
                 # transformers 5 names a tokenizer class that transformers 4 does not know.
                 path = folder / "tokenizer_config.json"
-                settings = json.loads(path.read_text())
+                settings = json.loads(path.read_bytes())
                 write_json(path, {**settings, "tokenizer_class": "PreTrainedTokenizerFast"})
             accuracies = [row["eval_accuracy"] for row in metrics if "eval_accuracy" in row]
-            summary["accuracy_before"], summary["accuracy_after"] = accuracies[0], accuracies[-1]
+            summary["accuracy_before"] = accuracies[0]
+            summary["accuracy_after"] = accuracies[-1]
             useful = [row["useful_groups"] for row in metrics if "useful_groups" in row]
             summary["useful_groups"] = sum(useful) / len(useful)
             tqdm.write(f"share of useful groups: {summary['useful_groups']:.2f}")
@@ -1022,7 +1037,7 @@ class RunFolder:
 
 
 def spearman(x, y):
-    """Spearman's rank correlation of two (N,) tensors."""
+    """Spearman's correlation of (N,) tensors; a tie gets its mean rank."""
     ranks = [
         sum(torch.searchsorted(values.msort(), values, right=right) for right in (False, True))
         for values in (x, y)
@@ -1042,7 +1057,7 @@ def explain(message, kind=ValueError):
 
 
 def write_atomically(path, write):
-    """Let write() make a temporary file, then rename it: a stop never leaves half a file."""
+    """Let write() make a temporary file, then rename it: `path` is never half a file."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     with explain(f"cannot write {path}: make room, then --resume", OSError):
         path.parent.mkdir(exist_ok=True)
@@ -1068,8 +1083,8 @@ def read_config(run_dir):
 
 
 def parse_config(argv=None):
-    """The Config of a command line. Flags override the preset or the resumed run."""
-    first = transformers.HfArgumentParser(add_help=False, allow_abbrev=False)
+    """The Config of a command line. Its defaults are a preset or those of a resumed run."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for name in ("--preset", "--model", "--dataset", "--resume"):
         first.add_argument(name)
     given, _ = first.parse_known_args(argv)

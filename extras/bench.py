@@ -562,7 +562,7 @@ def growing_cache():
 
 def without_graph():
     """A context in which cuda_graph.decode launches every step instead of replaying a graph."""
-    return patch.object(cuda_graph, "capture", lambda step, generator: step)
+    return patch.object(cuda_graph, "capture", lambda step, *others: step)
 
 
 def check_versions(bench):

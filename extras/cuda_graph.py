@@ -125,15 +125,15 @@ def decode(model, cache, hidden, ids, attention_mask, end_ids, config, generator
         if n_tokens % CHECK_EVERY == 0 and not active.any():
             break
         if n_tokens == 2 and ids.is_cuda:  # step 1 was a warm-up; CPUs, in tests, have no graphs
-            step = capture(step, generator)
+            step = capture(step, generator, ids.device)
         step()
 
 
-def capture(step, generator):
+def capture(step, generator, device):
     """Record step() as a CUDA graph; returns a function that replays it."""
     graph = torch.cuda.CUDAGraph()
     if generator is not None:
         graph.register_generator_state(generator)
-    with torch.cuda.graph(graph):
+    with torch.cuda.device(device), torch.cuda.graph(graph):  # capture where the tensors are
         step()  # recorded, not run
     return graph.replay
