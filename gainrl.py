@@ -104,7 +104,7 @@ def setting(default, help_text):
 class Config:
     """All settings of a run. ValueError for numbers out of range and for contradictions."""
 
-    preset: Literal["gsm8k", "tiny"] = setting("gsm8k", "tiny without GPU, --model, --dataset")
+    preset: Literal["gsm8k", "tiny"] = setting("gsm8k", "tiny if no GPU, no --model, no --dataset")
     model: str = setting("Qwen/Qwen2.5-0.5B-Instruct", "hub name or folder")
     dataset: str = setting("openai/gsm8k", "hub name or folder")
     curriculum: Literal["angle", "length", "shuffled", "uniform"] = setting("angle", "see README")
@@ -140,7 +140,7 @@ class Config:
             if isinstance(value, int | float) and not low <= value <= high:  # also refuses NaN
                 raise ValueError(f"{flag(name)} {value}: must be from {low} to {high}")
         if self.model == TINY_WORLD and self.dataset != TINY_WORLD:
-            raise ValueError("--dataset needs --model: the tiny model knows only its own words")
+            raise ValueError("--dataset needs another --model: the tiny one knows only its words")
         if self.resume and self.run_dir:
             raise ValueError("--resume and --run-dir: give only one")
 
@@ -162,7 +162,7 @@ def train(config):
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=0.0)
     generator = torch.Generator(model.device).manual_seed(config.seed)
 
-    # One forward pass over all questions, before training, gives the order.
+    # Score with the untrained weights, on --resume too; then load the checkpoint.
     prompts = [problem["prompt"] for problem in problems]
     scores = score_prompts(model, prompts)
     curriculum = make_curriculum(config, scores)
@@ -272,7 +272,7 @@ def extract_answer(text, is_gold=False):
     answer costs one reward, but a misread one teaches a mistake."""
     before, box, after = text.rpartition("\\boxed")
     if box and not is_gold:
-        # Nested: \boxed{\boxed{5} + 1}. If a "}" before hides it, (?!...) sees "}}".
+        # Boxes in other braces: (?!...) rules out \boxed{5}}, counting \boxed{\boxed{5} + 1}.
         is_open = before.count("{") > before.count("}")
         is_nested = is_open and after.count("}") > after.count("{")
         match = None if is_nested else re.match(r"\{" + NUMBER + r"\}(?!\s*\})", after)
@@ -743,7 +743,7 @@ def end_tokens(model, tokenizer, prompts):
 
 def decode(model, cache, hidden, ids, attention_mask, end_ids, config, generator):
     """Write completions to the last L columns of ids and attention_mask, (B, T + L). hidden: the
-    prompts' last states, (B, D). Finished rows leave once they are 1/8."""
+    prompts' last states, (B, D). Rows leave when 1/8 of the batch is done."""
     lm_head = model.get_output_embeddings()
     n_rows, length = ids.shape
     rows = torch.arange(n_rows, device=ids.device)  # still in the batch
@@ -906,7 +906,7 @@ def load_problems(tokenizer, source, split, longest):
         if len(prompt.ids) <= longest
     ]
     if not problems:
-        raise ValueError(f"{path}: no question, or none that leaves room for --max-new-tokens")
+        raise ValueError(f"{path}: no prompt leaves room for --max-new-tokens")
     if len(problems) < len(rows):
         tqdm.write(f"left out {len(rows) - len(problems)} {split} prompts: too long")
     return problems
@@ -928,7 +928,7 @@ class RunFolder:
                 raise ValueError(f"{flag(name)}: the resumed run keeps {recorded[name]}")
 
     def create(self):
-        """Create the directory of a new run; ValueError if --run-dir exists."""
+        """Create the directory, or reuse that of --resume; ValueError if --run-dir exists."""
         config = self.config
         default = f"runs/{config.preset}-{config.curriculum}-{config.seed}"
         self.path = Path(config.resume or config.run_dir or default)
@@ -1037,7 +1037,7 @@ class RunFolder:
 
 
 def spearman(x, y):
-    """Spearman's correlation of (N,) tensors; a tie gets its mean rank."""
+    """Spearman's correlation, (N,) tensors. Rank: count of < plus <=."""
     ranks = [
         sum(torch.searchsorted(values.msort(), values, right=right) for right in (False, True))
         for values in (x, y)

@@ -1412,7 +1412,7 @@ def test_out_of_memory_and_a_nan_loss_give_one_line(copied_run, monkeypatch, cap
         ("--device abacus", "--device abacus"),
         ("--model no/such-model", "--model no/such-model"),
         ("--model {empty}", "--model {empty}"),
-        ("--model extras/tiny-world", "--dataset needs --model"),
+        ("--model extras/tiny-world", "--dataset needs another --model"),
         ("--dataset no/such-data", "--dataset no/such-data"),
         ("--dataset {empty}", "--dataset {empty}"),
         ("--run-dir {file}", "--run-dir {file}"),
