@@ -154,7 +154,7 @@ def flag(name):
 
 def train(config):
     """Score, rank, train, evaluate; returns the summary. ValueError for bad input, OSError for a
-    failed write, FloatingPointError for NaN."""
+    failed write, FloatingPointError for divergence."""
     run = RunFolder(config)
     model, tokenizer, problems, test_problems = load_task(config)
     run.create()
@@ -162,7 +162,7 @@ def train(config):
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=0.0)
     generator = torch.Generator(model.device).manual_seed(config.seed)
 
-    # Score with the untrained weights, on --resume too; then load the checkpoint.
+    # Score with untrained weights. A checkpoint then replaces weights, order and mean.
     prompts = [problem["prompt"] for problem in problems]
     scores = score_prompts(model, prompts)
     curriculum = make_curriculum(config, scores)
@@ -213,7 +213,7 @@ Prompt = namedtuple("Prompt", "ids start end")
 SYSTEM_PROMPT = "Solve the problem step by step. Write the final number as \\boxed{number}."
 EXAMPLE_QUESTION = "What is 2+2?"
 EXAMPLE_ANSWER = "2 + 2 = 4. The answer is \\boxed{4}."
-PLACEHOLDER = "\ue000"  # in no template and no question
+PLACEHOLDER = "\ue000"  # in no template
 
 
 def encode_prompts(tokenizer, questions):
@@ -272,7 +272,7 @@ def extract_answer(text, is_gold=False):
     answer costs one reward, but a misread one teaches a mistake."""
     before, box, after = text.rpartition("\\boxed")
     if box and not is_gold:
-        # Boxes in other braces: (?!...) rules out \boxed{5}}, counting \boxed{\boxed{5} + 1}.
+        # Nested boxes: the counts refuse \boxed{\boxed{5} + 1}, (?!...) refuses \boxed{5}}.
         is_open = before.count("{") > before.count("}")
         is_nested = is_open and after.count("}") > after.count("{")
         match = None if is_nested else re.match(r"\{" + NUMBER + r"\}(?!\s*\})", after)
@@ -507,7 +507,7 @@ class GaussianCurriculum(torch.utils.data.Sampler):
 
 
 # --- 7. GRPO: advantages, update, loss, log-probabilities, sampling
-# Needs contextlib, math, torch, F, namedtuple, tqdm and section 5.
+# Needs contextlib, math, torch, F, namedtuple, tqdm, section 5, a Config.
 LOGIT_CHUNK = 512  # tokens whose logits are in memory at the same time
 
 # G completions of each of P prompts: B = P G rows, those of a prompt next to each other.
@@ -581,7 +581,7 @@ def compute_gradient(model, reference, rollout, advantages, old_logprobs, is_fir
         parameter.grad = torch.zeros_like(parameter)
     stats = {"loss": 0.0, "kl": 0.0, "clip_fraction": 0.0}
     for first in range(0, len(active_rows), config.micro_batch):
-        # msort() puts a prompt's rows side by side again, so that it is run once.
+        # msort(): completion_logprobs runs a prompt once for neighboring rows.
         rows = active_rows[first : first + config.micro_batch].msort()
         used = rollout.attention_mask[rows].any(0)  # columns that are not only padding
         ids = rollout.ids[rows][:, used]
@@ -777,7 +777,7 @@ def next_token(logits, temperature, generator, rows, n_rows):
     exponentials = torch.empty(n_rows, logits.shape[-1], device=logits.device)
     exponentials.exponential_(generator=generator)
     if not exponentials.is_cuda:
-        exponentials.clamp_(min=torch.finfo(torch.float32).tiny)  # MPS can draw 0, and 0/0 is NaN
+        exponentials.clamp_(min=torch.finfo(torch.float32).tiny)  # CUDA never draws 0; 0/0 is NaN
     return (probabilities / exponentials[rows]).argmax(-1, keepdim=True)
 
 
