@@ -187,7 +187,7 @@ def train(config):
         stats = grpo_update(model, reference, optimizer, rollout, advantages, config)
         # 5. Move the Gaussian by the batch's accuracy and its C, as measured in 2.
         curriculum.update(rewards.mean().item(), rollout.concentration)
-        run.record_step(step + 1, mean, batch, rollout, rewards, stats)
+        run.record_step(step + 1, mean, batch, rollout, rewards, stats)  # saves too
 
     if config.steps:
         run.record_evaluation(config.steps, evaluate(model, tokenizer, test_problems, config))
@@ -206,7 +206,7 @@ def train(config):
 # In the tiny world, this question has a high C, 0.73. One with a low C, 0.46: "Cid has 18 birds. On
 # Monday Cid loses 8. On Tuesday Cid gets 4. On Wednesday Cid loses 9. On Thursday ..."
 
-# ids[:start] is the prefix, ids[start:end] the question; ids[end:] opens the assistant's turn. A
+# ids[:start] is the prefix, ids[start:end] the question; ids[end:] ends the turn. A
 # token across the border counts as question, so prefixes can differ by a token.
 Prompt = namedtuple("Prompt", "ids start end")
 
@@ -268,11 +268,11 @@ def reward(completion, gold):
 
 def extract_answer(text, is_gold=False):
     """The number in the last `\\boxed{}`; if there is no box, or in gold answers, after the last
-    `####`. A float, or None. Words, units, fractions and nested boxes are not read: an unread
+    `####`. A float, or None. Words, units, fractions and boxes in braces are not read: an unread
     answer costs one reward, but a misread one teaches a mistake."""
     before, box, after = text.rpartition("\\boxed")
     if box and not is_gold:
-        # Nested boxes: the counts refuse \boxed{\boxed{5} + 1}, (?!...) refuses \boxed{5}}.
+        # A box in other braces is refused by the counts, or by (?!...) if a stray } fools them.
         is_open = before.count("{") > before.count("}")
         is_nested = is_open and after.count("}") > after.count("{")
         match = None if is_nested else re.match(r"\{" + NUMBER + r"\}(?!\s*\})", after)
@@ -1037,7 +1037,7 @@ class RunFolder:
 
 
 def spearman(x, y):
-    """Spearman's correlation, (N,) tensors. Rank: count of < plus <=."""
+    """Spearman's correlation, (N,) tensors. Doubled rank: count of < plus <=."""
     ranks = [
         sum(torch.searchsorted(values.msort(), values, right=right) for right in (False, True))
         for values in (x, y)
