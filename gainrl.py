@@ -187,7 +187,7 @@ def train(config):
         stats = grpo_update(model, reference, optimizer, rollout, advantages, config)
         # 5. Move the Gaussian by the batch's accuracy and its C, as measured in 2.
         curriculum.update(rewards.mean().item(), rollout.concentration)
-        run.record_step(step + 1, mean, batch, rollout, rewards, stats)  # saves too
+        run.record_step(step + 1, mean, batch, rollout, rewards, stats)  # saves
 
     if config.steps:
         run.record_evaluation(config.steps, evaluate(model, tokenizer, test_problems, config))
@@ -272,10 +272,10 @@ def extract_answer(text, is_gold=False):
     answer costs one reward, but a misread one teaches a mistake."""
     before, box, after = text.rpartition("\\boxed")
     if box and not is_gold:
-        # A box in other braces is refused by the counts, or by (?!...) if a stray } fools them.
+        # Not inside a brace that opens before the box and closes after it: \boxed{\boxed{5} + 1}
         is_open = before.count("{") > before.count("}")
         is_nested = is_open and after.count("}") > after.count("{")
-        match = None if is_nested else re.match(r"\{" + NUMBER + r"\}(?!\s*\})", after)
+        match = None if is_nested else re.match(r"\{" + NUMBER + r"\}", after)
     else:
         _, hashes, after = text.rpartition("####")
         match = re.fullmatch(NUMBER, after) if hashes else None
