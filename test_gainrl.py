@@ -573,7 +573,7 @@ def test_a_bare_number_is_read_and_anything_else_is_no_answer(content, number):
         ("\\boxed{\\boxed{5}}", None),  # nested boxes
         ("\\boxed{2+\\boxed{5}}", None),
         ("\\boxed{\\boxed{5} + 1}", None),
-        ("\\boxed{\\boxed{5} + 1}", None),
+        ("\\boxed{5}}", 5),
         ("\\boxed 5", None),
         ("\\boxed{1}\n#### 2", 1),  # #### counts only if there is no box
         ("\\boxed{}\n#### 2", None),
