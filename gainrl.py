@@ -80,7 +80,7 @@ TINY_WORLD = "extras/tiny-world"  # the shipped model and questions, found next 
 PRESETS = {  # overrides of the defaults below
     "gsm8k": {},
     "tiny": {
-        "preset": "tiny",
+        "preset": "tiny",  # also if not given
         "model": TINY_WORLD,
         "dataset": TINY_WORLD,
         "steps": 40,
