@@ -187,7 +187,7 @@ def train(config):
         stats = grpo_update(model, reference, optimizer, rollout, advantages, config)
         # 5. Move the Gaussian by the batch's accuracy and its C, as measured in 2.
         curriculum.update(rewards.mean().item(), rollout.concentration)
-        run.record_step(step + 1, mean, batch, rollout, rewards, stats)  # saves
+        run.record_step(step + 1, mean, batch, rollout, rewards, stats)
 
     if config.steps:
         run.record_evaluation(config.steps, evaluate(model, tokenizer, test_problems, config))
@@ -731,7 +731,7 @@ def left_pad(tensors, value):
 def end_tokens(model, tokenizer, prompts):
     """The tokens that end a completion, (E,): those of the generation config, the tokenizer's, and
     the chat template's end of turn. ValueError if there are none."""
-    ends = model.generation_config.eos_token_id  # id, list or None
+    ends = model.generation_config.eos_token_id  # may be a list
     ends = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id}
     special = {k for k, token in tokenizer.added_tokens_decoder.items() if token.special}
     # A special token after the question ends the turn.
@@ -1037,7 +1037,7 @@ class RunFolder:
 
 
 def spearman(x, y):
-    """Spearman's correlation, (N,) tensors. Doubled rank: count of < plus <=."""
+    """Spearman's correlation, (N,) tensors. Rank: count of < plus <=."""
     ranks = [
         sum(torch.searchsorted(values.msort(), values, right=right) for right in (False, True))
         for values in (x, y)
