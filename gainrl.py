@@ -80,7 +80,7 @@ TINY_WORLD = "extras/tiny-world"  # the shipped model and questions, found next 
 PRESETS = {  # overrides of the defaults below
     "gsm8k": {},
     "tiny": {
-        "preset": "tiny",  # also if not given
+        "preset": "tiny",  # if not given
         "model": TINY_WORLD,
         "dataset": TINY_WORLD,
         "steps": 40,
@@ -731,7 +731,7 @@ def left_pad(tensors, value):
 def end_tokens(model, tokenizer, prompts):
     """The tokens that end a completion, (E,): those of the generation config, the tokenizer's, and
     the chat template's end of turn. ValueError if there are none."""
-    ends = model.generation_config.eos_token_id  # may be a list
+    ends = model.generation_config.eos_token_id  # or a list
     ends = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id}
     special = {k for k, token in tokenizer.added_tokens_decoder.items() if token.special}
     # A special token after the question ends the turn.
