@@ -133,8 +133,8 @@ class Config:
 
     def __post_init__(self):
         lowest = {"group_size": 2, "temperature": 0.01, "lr": 1e-30, "curriculum_step": 1e-9}
-        lowest |= {"steps": 0, "seed": 0, "clip_eps": 0, "kl_coef": 0, "alpha": 0, "gamma": 0}
-        lowest |= {"target_accuracy": 0, "sigma": 1e-3}
+        lowest.update(steps=0, seed=0, clip_eps=0, kl_coef=0, alpha=0, gamma=0)
+        lowest.update(target_accuracy=0, sigma=1e-3)
         for name, value in vars(self).items():
             low, high = lowest.get(name, 1), 2**31
             if isinstance(value, int | float) and not low <= value <= high:  # also refuses NaN
@@ -998,7 +998,7 @@ class RunFolder:
             self.append("samples", {"step": step, "question": question, "completions": group})
         if is_last or step % self.config.checkpoint_every == 0:
             state = {name: part.state_dict() for name, part in self.parts.items()}
-            state |= {"step": step, "logs": self.logs, "generator": self.generator.get_state()}
+            state.update(step=step, logs=self.logs, generator=self.generator.get_state())
             path = self.path / "checkpoint/state.pt"
             write_atomically(path, lambda file: torch.save(state, file))
         self.clock = time.perf_counter()

@@ -1153,7 +1153,7 @@ def test_model_holds_the_trained_weights_and_the_tokenizer_of_training(whole_run
 
 
 def pearson_of_ranks(x, y):
-    """Spearman's correlation, with each rank found by counting: smaller values, and half of ties."""
+    """Spearman's correlation, each rank found by counting: smaller values, and half of ties."""
     pair = [(v[:, None] > v).double().sum(1) + (v[:, None] == v).sum(1) / 2 for v in (x, y)]
     return torch.corrcoef(torch.stack(pair))[0, 1].item()
 

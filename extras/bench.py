@@ -1,4 +1,4 @@
-"""Compare the speed and the memory of gainrl.py with those of other programs, and check it on a GPU.
+"""Compare the speed and memory of gainrl.py with those of other programs, and check it on a GPU.
 
     python -m extras.bench [score|step|memory|all] [--dataset DIR]
     python -m extras.bench gpu            14 checks; without a GPU, only those that need none
@@ -265,7 +265,7 @@ def compare_steps(workload, shape, suffix):
     tokenizer = word_tokenizer()
     model = random_model(shape)
     model.generation_config.eos_token_id = END
-    # The logits of a random model are nearly equal. A bias sets the probability of the end token and
+    # The logits of a random model are nearly equal. A bias sets the end token's probability and
     # excludes all tokens that are not words.
     bias = torch.zeros(shape["vocab_size"], device=DEVICE)
     bias[END:] = -math.inf
@@ -417,12 +417,12 @@ LENGTHS = (128, 512, 2048, 8192)
 
 
 def bench_memory(rounds=5, lengths=LENGTHS):
-    """angle_concentration and the T x T matrix, ms; the peak memory of the log-probabilities, GB."""
+    """angle_concentration and the T x T matrix, ms; peak memory of the log-probabilities, GB."""
     return [compare_concentration(length, rounds) for length in lengths] + compare_logits()
 
 
 def compare_concentration(length, rounds):
-    """The table row for C of a prompt of `length` tokens, the second half of which is the question."""
+    """The table row for C of a prompt of `length` tokens, whose second half is the question."""
     hidden = torch.randn(1, length, QWEN_05B["hidden_size"], device=DEVICE)
     question_mask = (torch.arange(length, device=DEVICE) >= length // 2)[None]
     inputs = (hidden, ~question_mask, question_mask)

@@ -39,7 +39,7 @@ def supports(model, cache):
 
 @torch.no_grad()
 def static_cache_agrees(model):
-    """Whether the last of eight tokens has the same state with a static cache as with a growing one,
+    """Whether the last of eight tokens has the same state with a static and with a growing cache,
     behind two tokens of padding. In float32, even on a GPU."""
     ids = torch.arange(10, device=model.device)[None]
     mask = ids >= 2

@@ -24,43 +24,14 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
-import transformers
 
 import gainrl
 from extras import bench, cuda_graph, plot, study, tiny_world
+from test_gainrl import END_TOKENS, FAMILIES, random_model, seeded, tiny_config
 
 torch.set_num_threads(1)  # idle threads would wait in a busy loop
 ROOT = Path(gainrl.__file__).resolve().parent
 ROWS = [tiny_world.tiny_problem(random.Random(k), distractors=k % 3) for k in range(40)]
-END_TOKENS = list(range(1, 400, 9))  # many, so that a random model soon stops
-RANDOM_MODEL = {
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "initializer_range": 0.3,  # makes the next-token distribution far from flat
-    "bos_token_id": 2,
-    "eos_token_id": END_TOKENS,
-    "pad_token_id": 0,
-    "tie_word_embeddings": False,
-}
-
-
-def random_model(vocab_size, family="Qwen2", **settings):
-    torch.manual_seed(0)
-    config_class = getattr(transformers, f"{family}Config")
-    config = config_class(vocab_size=vocab_size, **{**RANDOM_MODEL, **settings})
-    return transformers.AutoModelForCausalLM.from_config(config).eval()
-
-
-def tiny_config(**settings):
-    return gainrl.Config(**{**gainrl.PRESETS["tiny"], **settings})
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 @pytest.fixture(scope="session")
@@ -70,7 +41,7 @@ def tokenizer():
 
 @pytest.fixture(scope="session")
 def model(tokenizer):
-    return random_model(len(tokenizer))
+    return random_model(len(tokenizer), eos_token_id=END_TOKENS)
 
 
 @pytest.fixture(scope="session")
@@ -197,7 +168,7 @@ def test_a_finished_batch_is_decoded_for_less_than_check_every_steps(
 
 
 def test_both_ways_to_decode_agree_in_bfloat16(model, tokenizer, prompts, monkeypatch):
-    """Autocast leaves keys in float32. The static cache rounds them once, the other in each step."""
+    """Autocast leaves keys in float32. The static cache rounds them once, the other every step."""
     autocast = torch.autocast("cpu", torch.bfloat16)
     monkeypatch.setattr(gainrl, "mixed_precision", lambda device: autocast)
     inputs = (model, tokenizer, prompts[:8], tiny_config(max_new_tokens=20), 8)
@@ -214,16 +185,12 @@ SUPPORTED = ["Qwen2", "Qwen3", "Llama", "Phi3", "Olmo2", "SmolLM3", "StableLm", 
 SUPPORTED += ["OPT", "Starcoder2"]
 # The first three have sliding windows, whose caches drop tokens. Bloom counts its positions itself.
 NOT_SUPPORTED = ["Mistral", "Gemma3Text", "GptOss", "Bloom"]
-FAMILY_SETTINGS = {  # in addition to RANDOM_MODEL
-    "Gemma3Text": {"sliding_window": 8},
-    "GptOss": {"num_local_experts": 4, "sliding_window": 8},
-    "OPT": {"ffn_dim": 64, "word_embed_proj_dim": 32},
-}
 
 
 @pytest.mark.parametrize("family", SUPPORTED + NOT_SUPPORTED)
 def test_supported_families_give_the_same_completions(family, tokenizer, prompts, monkeypatch):
-    model = random_model(len(tokenizer), family, **FAMILY_SETTINGS.get(family, {}))
+    settings = {"eos_token_id": END_TOKENS, **FAMILIES[family]}
+    model = random_model(len(tokenizer), family=family, **settings)
     _, cache = gainrl.run_backbone(model, torch.tensor([prompts[0].ids]))
     assert cuda_graph.supports(model, cache) == (family in SUPPORTED)
     if family in SUPPORTED:
@@ -234,7 +201,7 @@ def test_supported_families_give_the_same_completions(family, tokenizer, prompts
 
 
 def test_a_model_that_ignores_a_4d_mask_is_not_supported(tokenizer, prompts):
-    model = random_model(len(tokenizer))
+    model = random_model(len(tokenizer), eos_token_id=END_TOKENS)
 
     def forget_mask(backbone, inputs, named):
         mask = named["attention_mask"]
@@ -551,7 +518,7 @@ def test_the_example_in_one_process_and_killed_and_resumed(in_trl, tmp_path, sco
 
 
 def test_the_example_in_two_processes_draws_the_same_on_both(in_trl, tmp_path, scores):
-    """Uses the launcher from the docstring. --multi_gpu starts several processes on a CPU too, where
+    """Uses the docstring's launcher. --multi_gpu starts several processes on a CPU too, where
     they communicate over gloo. --cpu would start one."""
     launcher = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     both = in_trl("both", launcher=[*launcher, "--main_process_port", "0"])
