@@ -829,7 +829,7 @@ def load_task(config):
     test_problems = load_problems(tokenizer, config.dataset, "test", longest)
     prompts = [problem["prompt"] for problem in problems]
     if config.prompts_per_step > len(problems):
-        raise ValueError(f"--prompts-per-step {config.prompts_per_step} > {len(problems)} questions")
+        raise ValueError(f"--prompts-per-step {config.prompts_per_step} > {len(problems)} prompts")
     check_model(model, prompts[0])
     end_tokens(model, tokenizer, prompts)  # fails now rather than after scoring
     return model, tokenizer, problems, test_problems[: config.eval_examples]

@@ -1416,7 +1416,7 @@ def test_out_of_memory_and_a_nan_loss_give_one_line(copied_run, monkeypatch, cap
         ("--dataset no/such-data", "--dataset no/such-data"),
         ("--dataset {empty}", "--dataset {empty}"),
         ("--run-dir {file}", "--run-dir {file}"),
-        ("--prompts-per-step 41", "--prompts-per-step 41 > 40 questions"),
+        ("--prompts-per-step 41", "--prompts-per-step 41 > 40 prompts"),
         ("--resume {none}", "{none}"),
     ],
 )
