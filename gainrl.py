@@ -744,7 +744,7 @@ def end_tokens(model, tokenizer, prompts):
 
 def decode(model, cache, hidden, ids, attention_mask, end_ids, config, generator):
     """Write completions to the last L columns of ids and attention_mask, (B, T + L). hidden: the
-    prompts' last states, (B, D). Rows leave when 1/16 of the batch is done."""
+    prompts' last states, (B, D). Rows leave when 1/8 of the batch is done."""
     lm_head = model.get_output_embeddings()
     n_rows, length = ids.shape
     rows = torch.arange(n_rows, device=ids.device)  # still in the batch
@@ -757,7 +757,7 @@ def decode(model, cache, hidden, ids, attention_mask, end_ids, config, generator
         n_active = active.sum()
         if n_active == 0 or column == length - 1:
             break
-        if n_active <= 15 / 16 * len(rows):
+        if n_active <= 7 / 8 * len(rows):
             kept = active.nonzero().squeeze(1)
             cache.batch_select_indices(kept)
             rows, active, token = rows[kept], active[kept], token[kept]

@@ -759,7 +759,7 @@ def test_samples_are_those_of_a_plain_loop_and_finished_rows_leave_the_batch(mon
             if alive[k]:
                 rows[k].append(tokens[k].item())
                 alive[k] = tokens[k] not in END_TOKENS
-        if sum(alive) <= 15 / 16 * in_batch:
+        if sum(alive) <= 7 / 8 * in_batch:
             in_batch = sum(alive)
         sizes.append(in_batch)
     found = [ids[mask].tolist() for ids, mask in zip(rollout.ids, rollout.attention_mask)]
