@@ -1,32 +1,43 @@
 """How much can a choice of questions gain, and how much of that does the angle get?
 
-    python -m extras.study curricula             the tables and figures of STUDY.md, in hours
-    python -m extras.study curricula --quick     a small version in three minutes, not evidence
-    python -m extras.study unpack                make a folder of SmolLM2, a real model
+    python -m extras.study curricula           the tables and figures of STUDY.md, in a minute
+    python -m extras.study curricula --rerun   first make the runs that are not stored yet
+    python -m extras.study curricula --quick   a small study from scratch, in three minutes
+    python -m extras.study unpack              make a folder of SmolLM2, a real model
     python -m extras.study signals --model DIR --dataset DIR      what C correlates with in a model
 
-`curricula` makes worlds in which few groups are useful or length is no guide. In each it trains the
-tiny model with every arm, on several base models and with several seeds, and draws extras/figures/.
-Each run has its own directory below runs/study. After a stop, the same command continues. After a
-change of gainrl.py, remove runs/study first. STUDY.md explains the tables."""
+`curricula` reads extras/runs.jsonl.xz, which has a line for each run. With --rerun it trains the
+tiny model with every arm that the file lacks, in worlds where few groups are useful or length is no
+guide, on several base models and with several seeds. All runs take eight hours on two CPU cores. A
+stop loses a few minutes: the same command continues. STUDY.md explains the tables. --quick proves
+nothing, it only shows that everything works."""
 
 import argparse
+import dataclasses
+import functools
+import hashlib
 import importlib.util
 import itertools
 import json
+import lzma
 import math
 import multiprocessing
 import os
-import shutil
 import statistics
 import sys
-import time
+import tempfile
 from collections import namedtuple
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import redirect_stderr, redirect_stdout
 from functools import partial
 from pathlib import Path
 from unittest.mock import patch
+
+# Base models and runs should be the same on every x86 CPU, so all use the same instructions. These
+# must be set before torch is imported.
+os.environ.setdefault("ATEN_CPU_CAPABILITY", "avx2")
+os.environ.setdefault("MKL_CBWR", "AVX2")
+os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX2")
 
 import torch
 import transformers
@@ -34,81 +45,77 @@ from tqdm import tqdm
 
 import gainrl
 from extras.bench import describe_machine, read_jsonl
+from extras.probe import measure_signals
 from extras.tiny_world import make_tiny_world
 
 FIGURES = Path(__file__).parent / "figures"
+STORE = Path(__file__).parent / "runs.jsonl.xz"
 
 # --- What is compared -----------------------------------------------------------------------------
 WORLDS = {  # options of make_tiny_world
-    "apart": {},
-    "tied": {"distractors": 0},  # long questions are hard
-    "rare": {"effort": 0.5},  # the lower the effort, the fewer groups are useful
-    "scarce": {"effort": 0.3},
-    "scarcest": {"effort": 0.2},
+    "scarcest": {"effort": 0.2},  # few groups are useful
     "level": {"effort": 0.2, "distractors": 0, "filler": 1},  # all questions are about equally long
     "crossed": {"effort": 0.2, "distractors": 0, "filler": 2},  # the longest need the fewest steps
+    "opened": {"effort": 0.2, "opening": "The answer"},  # all completions start with these words
 }
 # prompts: questions per batch. steps: batches per run. eval_every: batches between evaluations.
 Setting = namedtuple("Setting", "world prompts steps eval_every")
-CLAIMS = (  # the settings with all seeds, on which STUDY.md bases its claims
+SETTINGS = (
     Setting("scarcest", 8, 36, 4),
     Setting("scarcest", 4, 48, 6),
     Setting("scarcest", 2, 64, 8),
     Setting("level", 8, 36, 4),
     Setting("crossed", 8, 36, 4),
+    Setting("opened", 8, 36, 4),
 )
-OTHERS = (
-    Setting("apart", 8, 24, 4),
-    Setting("tied", 8, 24, 4),
-    Setting("rare", 8, 24, 4),
-    Setting("scarce", 8, 36, 4),
-    Setting("scarcest", 8, 120, 10),  # until the curves are flat
-    Setting("apart", 16, 30, 5),
-)
-QUICK_CLAIMS = (Setting("scarcest", 4, 4, 1), Setting("level", 4, 4, 1))
-QUICK_OTHERS = (Setting("apart", 4, 4, 1),)
+QUICK_SETTINGS = (Setting("scarcest", 4, 4, 1), Setting("opened", 4, 4, 1))
 SURPLUS = 6  # `dynamic` samples 6 times as many questions as it trains on
-ARMS = ("uniform", "shuffled", "length", "angle", "dynamic")
-# "slow": the unit of the Gaussian's moves is half the batch, not 0.067 N. README, "The arms".
-VARIANTS = ("angle-unbiased", "angle, slow")
-MINOR_ARMS = ("angle-unbiased, slow", "length, slow", "shuffled, slow", "reversed")
-ALL_ARMS = (*ARMS, *VARIANTS, *MINOR_ARMS)
-RATES = (1e-4, 2e-4, 4e-4, 8e-4)
-TUNED = {  # the arms that use the learning rate of each tuned arm
-    "uniform": ("uniform", "shuffled", "shuffled, slow", "reversed"),
-    "length": ("length", "length, slow"),
-    "angle": ("angle", "angle, slow", "angle-unbiased", "angle-unbiased, slow"),
-    "dynamic": ("dynamic",),
+ARMS = ("uniform", "shuffled", "length", "angle", "angle-unbiased", "entropy", "dynamic")
+# The loss is averaged over the tokens of useful groups only. In the first setting.
+USEFUL_ONLY = ("uniform, useful tokens", "angle, useful tokens")
+RATES = (2e-4, 4e-4)  # at 1e-4 no arm gains much, and 8e-4 collapses
+TUNED_AS = {  # the arm whose learning rate an arm uses
+    "uniform": "uniform",
+    "shuffled": "uniform",
+    "length": "length",
+    "angle": "angle",
+    "angle-unbiased": "angle",
+    "entropy": "entropy",
+    "dynamic": "dynamic",
+    "uniform, useful tokens": "uniform",
+    "angle, useful tokens": "angle",
 }
-TUNED_AS = {arm: tuned for tuned, arms in TUNED.items() for arm in arms}
 TUNING_SEED = 100  # of the runs that choose the learning rates, which are in no table
 GROUP_SIZE = 8
+# bases: base models per world. seeds: runs of each arm on each base model. rates: learning rates to
+# try. questions: training questions per world.
+Size = namedtuple("Size", "bases seeds rates questions eval_examples warmup")
+FULL = Size(3, 10, RATES, questions=2000, eval_examples=128, warmup=450)
+QUICK = Size(2, 2, RATES[:1], questions=300, eval_examples=8, warmup=30)
+
+
+def arms_of(setting, settings):
+    return (*ARMS, *USEFUL_ONLY) if setting == settings[0] else ARMS
 
 
 def arm_settings(arm, prompts):
     """The settings of a Config for an arm with `prompts` questions per batch."""
-    order, _, pace = arm.partition(", ")
-    settings = {"curriculum": order, "prompts_per_step": prompts}
-    if order in ("angle-unbiased", "reversed"):
-        settings["curriculum"] = "angle"  # of the scores that order_scores() changes
+    order = arm.partition(", ")[0]
     if order == "dynamic":
-        settings = {"curriculum": "uniform", "prompts_per_step": SURPLUS * prompts}
-    if pace == "slow":
-        settings["curriculum_step"] = prompts / 2
-        settings["gamma"] = 0.5
-    return settings
+        return {"curriculum": "uniform", "prompts_per_step": SURPLUS * prompts}
+    if order in ("angle-unbiased", "entropy"):
+        order = "angle"  # of the scores that order_scores() changes
+    return {"curriculum": order, "prompts_per_step": prompts}
 
 
-def order_scores(arm, scores):
+def order_scores(arm, scores, world):
     """The Scores with the concentration by which the arm orders the questions. Only the order
-    changes: in every arm the mean C of the batch, with its i = j pairs, moves the Gaussian. (The
-    runs of `angle-unbiased` in STUDY.md used the C without these pairs there too.)"""
-    concentration = scores.concentration
-    if arm.startswith("angle-unbiased"):
-        concentration = unbiased_concentration(scores)
-    if arm == "reversed":
-        concentration = -concentration
-    return scores._replace(concentration=concentration)
+    changes: in every arm the mean C of the batch, with its i = j pairs, moves the Gaussian."""
+    if arm == "angle-unbiased":
+        return scores._replace(concentration=unbiased_concentration(scores))
+    if arm == "entropy":
+        return scores._replace(concentration=load_world(world).signals["entropy"])
+    return scores
 
 
 def unbiased_concentration(scores):
@@ -120,6 +127,186 @@ def unbiased_concentration(scores):
 
 
 # --- One run --------------------------------------------------------------------------------------
+World = namedtuple("World", "problems scores signals")
+
+
+@functools.cache
+def load_world(folder):
+    """The training problems of a world and what its base model says of them: Scores, and the
+    signals of extras/probe.py."""
+    model, tokenizer = gainrl.load_model(str(folder), "cpu")
+    problems = gainrl.load_problems(tokenizer, str(folder), "train", longest=400)
+    prompts = [problem["prompt"] for problem in problems]
+    return World(problems, score_prompts(model, prompts), measure_signals(model, prompts))
+
+
+def train_once(world, setting, arm, rate, seed, eval_examples):
+    """One run, as the dictionary that is stored: the number of correct test answers at each
+    evaluation, and of each batch the useful groups among those trained on, mu and C."""
+    useful = []
+
+    def update_chosen_groups(model, reference, optimizer, rollout, advantages, config):
+        if arm == "dynamic":
+            rollout, advantages = keep_groups(rollout, advantages, most_useful(advantages))
+        is_useful = (advantages != 0).any(1)
+        useful.append(is_useful.sum().item())
+        if arm in USEFUL_ONLY and is_useful.any():
+            rollout, advantages = keep_groups(rollout, advantages, is_useful.nonzero().flatten())
+        return grpo_update(model, reference, optimizer, rollout, advantages, config)
+
+    def make_arm_curriculum(config, scores):
+        return make_curriculum(config, order_scores(arm, scores, world))
+
+    def evaluate_at_once(model, tokenizer, problems, config):
+        """In one batch, which is faster than in batches of the size of the training batch."""
+        larger = dataclasses.replace(config, prompts_per_step=len(problems))
+        return evaluate(model, tokenizer, problems, larger)
+
+    with tempfile.TemporaryDirectory() as folder:
+        settings = {
+            **gainrl.PRESETS["tiny"],
+            **arm_settings(arm, setting.prompts),
+            "model": str(world),
+            "dataset": str(world),
+            "run_dir": f"{folder}/run",
+            "group_size": GROUP_SIZE,
+            "steps": setting.steps,
+            "eval_every": setting.eval_every,
+            "eval_examples": eval_examples,
+            "checkpoint_every": setting.steps,
+            "lr": rate,
+            "seed": seed,
+        }
+        with patch.multiple(
+            gainrl,
+            grpo_update=update_chosen_groups,
+            make_curriculum=make_arm_curriculum,
+            evaluate=evaluate_at_once,
+            score_prompts=lambda model, prompts: load_world(world).scores,  # computed once
+        ):
+            gainrl.train(gainrl.Config(**settings))
+        rows = read_jsonl(Path(folder, "run/metrics.jsonl"))
+    batches = [row for row in rows if "mean" in row]
+    accuracies = [row["eval_accuracy"] for row in rows if "eval_accuracy" in row]
+    return {
+        "correct": [round(accuracy * eval_examples) for accuracy in accuracies],
+        "useful": useful,
+        "mean": [round(row["mean"]) for row in batches],
+        "concentration": [round(row["concentration"], 3) for row in batches],
+    }
+
+
+# The originals, which train_once replaces in gainrl.
+grpo_update, make_curriculum = gainrl.grpo_update, gainrl.make_curriculum
+evaluate, score_prompts = gainrl.evaluate, gainrl.score_prompts
+
+
+def most_useful(advantages):
+    """The indices of the most useful sixth of the groups (one of SURPLUS): those whose accuracy is
+    nearest to one half. Groups whose rewards are all equal come last. `dynamic` trains on them. It
+    is an oracle, because a curriculum must choose before the completions are sampled. advantages:
+    (groups, G)."""
+    accuracy = (advantages > 0).double().mean(1)  # 0 if all rewards are equal
+    return (accuracy - 0.5).abs().argsort(stable=True)[: len(advantages) // SURPLUS]
+
+
+def keep_groups(rollout, advantages, groups):
+    """The groups with these indices: a Rollout without texts, and its advantages."""
+    group_size = advantages.shape[1]
+    rows = (groups[:, None] * group_size + torch.arange(group_size)).flatten()
+    tensors = [rollout.ids[rows], rollout.attention_mask[rows], rollout.completion_mask[rows]]
+    return gainrl.Rollout(*tensors, None, rollout.concentration), advantages[groups]
+
+
+# --- The stored runs ------------------------------------------------------------------------------
+Run = namedtuple("Run", "setting arm rate base seed")
+
+
+class Store:
+    """A compressed file with a line for each base model and each run.
+
+    .bases: (world, base) -> what measure_base() returns. .runs: Run -> what train_once() returns.
+    """
+
+    def __init__(self, path):
+        self.path, self.bases, self.runs = path, {}, {}
+        if path.exists():
+            for line in lzma.decompress(path.read_bytes()).decode().splitlines():
+                row = json.loads(line)
+                if "model" in row:
+                    self.bases[row.pop("world"), row.pop("base")] = row
+                else:
+                    setting = Setting(*row.pop("setting"))
+                    self.runs[Run(setting, *[row.pop(name) for name in Run._fields[1:]])] = row
+
+    def save(self):
+        rows = [{"world": world, "base": base, **row} for (world, base), row in self.bases.items()]
+        rows += [{**run._asdict(), **self.runs[run]} for run in sorted(self.runs)]
+        text = "".join(json.dumps(row, separators=(",", ":")) + "\n" for row in rows)
+        packed = lzma.compress(text.encode(), preset=9)
+        gainrl.write_atomically(self.path, lambda file: file.write_bytes(packed))
+
+
+def make_bases(store, pool, folder, settings, size):
+    """Make the worlds' data and base models, and store their measurements. ValueError if this
+    machine makes another model than that of the stored runs."""
+    worlds = dict.fromkeys(setting.world for setting in settings)
+    calls = {}
+    for world, base in itertools.product(worlds, range(size.bases)):
+        options = {**WORLDS[world], "warmup": size.warmup, "seed": base}
+        options |= {"n_train": size.questions, "n_test": size.questions // 2}
+        calls[world, base] = partial(measure_base, folder / f"{world}-{base}", options)
+    for key, row in in_parallel(pool, calls, "base models"):
+        stored = store.bases.setdefault(key, row)
+        if stored["model"] != row["model"]:
+            raise ValueError(
+                f"base model {key} differs from that of the runs in {store.path}, because CPUs "
+                "round differently. To start a study of your own, move that file away"
+            )
+    store.save()
+
+
+def measure_base(folder, options):
+    """A hash of a base model, and four Spearman correlations over its questions: of C and length,
+    of C and the steps of the solution, of C without the i = j pairs and the steps, and of length
+    and the steps."""
+    make_tiny_world(folder, **options)
+    problems, scores, _ = load_world(folder)
+    steps = torch.tensor([float(count_steps(problem["answer"])) for problem in problems])
+    pairs = (
+        (scores.concentration, scores.tokens),
+        (scores.concentration, steps),
+        (unbiased_concentration(scores), steps),
+        (scores.tokens, steps),
+    )
+    return {
+        "model": hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()[:16],
+        "spearman": [round(gainrl.spearman(x, y), 4) for x, y in pairs],
+    }
+
+
+def make_runs(store, pool, folder, plan, size):
+    """Train what the plan has and the store lacks. Save every 20 runs and at the end."""
+    calls = {}
+    for run in plan:
+        if run not in store.runs:
+            world = folder / f"{run.setting.world}-{run.base}"
+            inputs = (world, run.setting, run.arm, run.rate, run.seed, size.eval_examples)
+            calls[run] = partial(train_once, *inputs)
+    try:
+        for n_done, (run, row) in enumerate(in_parallel(pool, calls, "runs"), start=1):
+            store.runs[run] = row
+            if n_done % 20 == 0:
+                store.save()
+    finally:
+        store.save()
+
+
+def in_parallel(pool, calls, title):
+    """Make all calls of a dictionary in the processes of a pool. Yields (key, result)."""
+    keys = {pool.submit(quietly, call): key for key, call in calls.items()}
+    for future in tqdm(as_completed(keys), total=len(keys), desc=title):
+        yield keys[future], future.result()
 
 
 def quietly(call):
@@ -129,148 +316,86 @@ def quietly(call):
         return call()
 
 
-def train_once(folder, world, setting, arm, rate, seed, eval_examples):
-    """The rows of metrics.jsonl of a run in `folder`. A stopped run is continued."""
-    if not (folder / "summary.json").exists():
-        started = (folder / "config.json").exists()
-        common = {
-            "model": str(world),
-            "dataset": str(world),
-            "group_size": GROUP_SIZE,
-            "steps": setting.steps,
-            "eval_every": setting.eval_every,
-            "eval_examples": eval_examples,
-            "checkpoint_every": 8,
-            "lr": rate,
-            "seed": seed,
-            "resume" if started else "run_dir": str(folder),
-        }
-        settings = {**gainrl.PRESETS["tiny"], **common, **arm_settings(arm, setting.prompts)}
-        update = update_on_useful_groups if arm == "dynamic" else grpo_update
-
-        def make_arm_curriculum(config, scores):
-            return make_curriculum(config, order_scores(arm, scores))
-
-        with patch.multiple(gainrl, grpo_update=update, make_curriculum=make_arm_curriculum):
-            gainrl.train(gainrl.Config(**settings))
-        for name in ("checkpoint", "model"):  # megabytes that are not needed any more
-            shutil.rmtree(folder / name)
-    return read_jsonl(folder / "metrics.jsonl")
+# --- The plan, in two rounds: first to choose the learning rates, then to report -------------------
 
 
-def most_useful(advantages):
-    """The indices of the most useful sixth of the groups (one of SURPLUS): those whose accuracy is
-    nearest to one half. Groups whose rewards are all equal come last. advantages: (groups, G)."""
-    accuracy = (advantages > 0).double().mean(1)  # 0 if all rewards are equal
-    return (accuracy - 0.5).abs().argsort(stable=True)[: len(advantages) // SURPLUS]
+def plan_tuning(settings, size):
+    arms = dict.fromkeys(TUNED_AS.values())
+    runs = itertools.product(settings, arms, size.rates, range(size.bases), [TUNING_SEED])
+    return [Run(*run) for run in runs]
 
 
-def keep_most_useful(rollout, advantages):
-    """The most useful groups only: a Rollout without texts, and its advantages."""
-    groups = most_useful(advantages)
-    group_size = advantages.shape[1]
-    rows = (groups[:, None] * group_size + torch.arange(group_size)).flatten()
-    tensors = [rollout.ids[rows], rollout.attention_mask[rows], rollout.completion_mask[rows]]
-    return gainrl.Rollout(*tensors, None, rollout.concentration), advantages[groups]
-
-
-def update_on_useful_groups(model, reference, optimizer, rollout, advantages, config):
-    """gainrl.grpo_update on the most useful groups only: the arm `dynamic`. It is an oracle,
-    because a curriculum must choose before the completions are sampled."""
-    rollout, advantages = keep_most_useful(rollout, advantages)
-    return grpo_update(model, reference, optimizer, rollout, advantages, config)
-
-
-# The originals, which train_once replaces in gainrl.
-grpo_update = gainrl.grpo_update
-make_curriculum = gainrl.make_curriculum
-
-
-# --- All runs, in two rounds: first to choose the learning rates, then to report ------------------
-# bases: base models per world. seeds: runs of each arm on each base model. rates: learning rates to
-# try. questions: training questions per world. batches: gradients per signal-to-noise ratio.
-Size = namedtuple("Size", "bases seeds rates questions eval_examples warmup batches")
-FULL = Size(3, 10, RATES, questions=2000, eval_examples=128, warmup=450, batches=32)
-QUICK = Size(2, 2, RATES[:1], questions=300, eval_examples=8, warmup=30, batches=2)
-
-
-def plan_tuning(claims, others, size):
-    """The runs that choose the learning rates, as (setting, arm, rate, base, seed): every tuned arm
-    in the settings of `claims`, and `uniform` in the others."""
-    plan = []
-    for setting in (*claims, *others):
-        arms = TUNED if setting in claims else ("uniform",)
-        plan += itertools.product([setting], arms, size.rates, range(size.bases), [TUNING_SEED])
-    return plan
-
-
-def choose_rates(claims, others, runs, size):
-    """The learning rate of each (setting, arm): the one with the highest tuned_accuracy. Variants
-    use that of their original arm. In `others`, all arms use that of `uniform`."""
-    rates = {}
-    for setting in (*claims, *others):
-        for arm in ALL_ARMS if setting in claims else (*ARMS, *VARIANTS):
-            tuned = TUNED_AS[arm] if setting in claims else "uniform"
-            areas = {rate: tuned_accuracy(runs, setting, tuned, rate, size) for rate in size.rates}
-            rates[setting, arm] = max(areas, key=areas.get)
-    return rates
-
-
-def tuned_accuracy(runs, setting, arm, rate, size):
-    """The mean accuracy over a tuning run, averaged over base models."""
-    curves = [runs[setting, arm, rate, base, TUNING_SEED] for base in range(size.bases)]
-    return statistics.mean(mean_accuracy(rows) for rows in curves)
-
-
-def plan_reported(claims, rates, size):
-    """The runs in the tables. In the settings of `claims`, ARMS and VARIANTS have all seeds on each
-    base model, and MINOR_ARMS one seed. In the other settings, ARMS and VARIANTS have one seed."""
-    plan = []
-    for setting, arm in rates:
-        claimed = setting in claims and arm not in MINOR_ARMS
-        seeds = range(size.seeds if claimed else 1)
-        rate = rates[setting, arm]
-        plan += itertools.product([setting], [arm], [rate], range(size.bases), seeds)
-    return plan
-
-
-def run_all(pool, folder, plan, size, title):
-    """The metrics rows of each run of a plan, by its entry."""
-    calls = {}
-    for setting, arm, rate, base, seed in plan:
-        world = folder / f"{setting.world}-{base}"
-        name = f"{setting.world}-{setting.prompts}-{setting.steps}-{arm}-{rate}-{base}-{seed}"
-        run_dir = folder / "runs" / name.replace(", ", "-")
-        calls[setting, arm, rate, base, seed] = partial(
-            train_once, run_dir, world, setting, arm, rate, seed, size.eval_examples
+def choose_rates(store, settings, size):
+    """The learning rate of each (setting, arm): the one with the highest mean_accuracy() in the
+    tuning runs of the arm it is TUNED_AS."""
+    return {
+        (setting, arm): max(
+            size.rates, key=partial(mean_accuracy, store, setting, TUNED_AS[arm], size)
         )
-    return in_parallel(pool, calls, title)
+        for setting in settings
+        for arm in arms_of(setting, settings)
+    }
 
 
-def in_parallel(pool, calls, title):
-    """Make all calls of a dictionary in the processes of a pool. Returns their results by key."""
-    futures = {key: pool.submit(quietly, call) for key, call in calls.items()}
-    return {key: future.result() for key, future in tqdm(futures.items(), desc=title)}
+def mean_accuracy(store, setting, arm, size, rate):
+    """The accuracy over a tuning run, averaged over updates and base models."""
+    curves = [store.runs[Run(setting, arm, rate, base, TUNING_SEED)] for base in range(size.bases)]
+    correct = torch.tensor([curve["correct"] for curve in curves]).double()
+    return torch.trapezoid(correct).mean().item() / (correct.shape[1] - 1) / size.eval_examples
 
 
-def make_worlds(pool, folder, settings, size):
-    """Make the data and the base models of the settings' worlds."""
-    worlds = dict.fromkeys(setting.world for setting in settings)
-    calls = {}
-    for world, base in itertools.product(worlds, range(size.bases)):
-        options = {**WORLDS[world], "warmup": size.warmup, "seed": base}
-        options |= {"n_train": size.questions, "n_test": size.questions // 2}
-        calls[world, base] = partial(make_tiny_world, folder / f"{world}-{base}", **options)
-    in_parallel(pool, calls, "worlds")
+def plan_reported(rates, size):
+    """All seeds of all arms. The first seeds come first, so a stopped study has them for each."""
+    product = itertools.product(range(size.seeds), rates, range(size.bases))
+    return [Run(*key, rates[key], base, seed) for seed, key, base in product]
 
 
-# --- Measures of a run ----------------------------------------------------------------------------
+# --- Measures of the runs -------------------------------------------------------------------------
+# A measure is a tensor (..., bases, seeds). Entry [b, s] belongs to the run with seed s on base
+# model b, for every arm.
+
+# steps: updates to the target, or all if it is not reached. reached: whether it is. accuracy:
+# (bases, seeds, evaluations). useful: the share of useful groups in each batch, (bases, seeds,
+# updates).
+Measures = namedtuple("Measures", "steps reached accuracy useful")
 
 
-def accuracy_curve(rows):
-    """Two lists: the steps at which a run was evaluated, and the greedy accuracies."""
-    evaluations = [row for row in rows if "eval_accuracy" in row]
-    return [row["step"] for row in evaluations], [row["eval_accuracy"] for row in evaluations]
+def measure_all(store, rates, size):
+    """The Measures of each (setting, arm). The target of a base model is 90% of the accuracy that
+    `uniform` has at the end, on average over seeds."""
+    measures = {}
+    for setting, arm in rates:  # `uniform` is the first arm
+        seeds = complete_seeds(store, setting, rates, size)
+        runs = [
+            [store.runs[Run(setting, arm, rates[setting, arm], base, seed)] for seed in seeds]
+            for base in range(size.bases)
+        ]
+        correct = [[run["correct"] for run in row] for row in runs]
+        accuracy = torch.tensor(correct).double() / size.eval_examples
+        useful = torch.tensor([[run["useful"] for run in row] for row in runs]).double()
+        if arm == "uniform":
+            targets = 0.9 * accuracy[..., -1].mean(1)
+        steps, reached = torch.zeros(accuracy.shape[:2]).double(), torch.zeros(accuracy.shape[:2])
+        for base, seed in itertools.product(*map(range, steps.shape)):
+            arrival = steps_to(targets[base].item(), *curve(setting, accuracy[base, seed]))
+            steps[base, seed] = setting.steps if arrival is None else arrival
+            reached[base, seed] = arrival is not None
+        measures[setting, arm] = Measures(steps, reached, accuracy, useful / setting.prompts)
+    return measures
+
+
+def complete_seeds(store, setting, rates, size):
+    """The first seeds that all arms of a setting have on all base models, as a range."""
+    plan = [run for run in plan_reported(rates, size) if run.setting == setting]
+    n_seeds = min([run.seed for run in plan if run not in store.runs], default=size.seeds)
+    if n_seeds < 2:
+        raise ValueError(f"{describe(setting)}: fewer than two seeds; --rerun makes the others")
+    return range(n_seeds)
+
+
+def curve(setting, accuracy):
+    """Two lists: the updates after which a run was evaluated, and the greedy accuracies."""
+    return list(range(0, setting.steps + 1, setting.eval_every)), accuracy.tolist()
 
 
 def steps_to(target, steps, accuracies):
@@ -286,29 +411,25 @@ def steps_to(target, steps, accuracies):
     return None
 
 
-def mean_accuracy(rows):
-    """The mean accuracy over a run: the area under its curve, divided by its length."""
-    steps, accuracies = accuracy_curve(rows)
-    area = torch.trapezoid(torch.tensor(accuracies).double(), torch.tensor(steps).double())
-    return area.item() / steps[-1]
-
-
 # --- Statistics -----------------------------------------------------------------------------------
-# A measure of the runs of an arm is a tensor (..., bases, seeds). Entry [b, s] belongs to the run
-# with seed s on base model b, for every arm.
 T_QUANTILES = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776}  # 97.5%, by degrees of freedom
 
 
-def bootstrap(statistic, *columns, draws=10_000):
-    """(value, low, high): the statistic of the columns with its 95% percentile interval. Each draw
-    resamples the base models, and then the seeds within each of them.
+def resample(statistic, *columns, draws):
+    """(draws,) values of the statistic. Each draw resamples the base models, and then the seeds
+    within each of them, in the same way for all columns and in each call.
 
-    columns: (bases, seeds). statistic: maps columns (..., bases, seeds) to (...)."""
-    n_bases, n_seeds = columns[0].shape
+    columns: (bases, seeds, ...). statistic: maps columns (draws, bases, seeds, ...) to (draws,)."""
+    n_bases, n_seeds = columns[0].shape[:2]
     generator = torch.Generator().manual_seed(0)
     bases = torch.randint(n_bases, (draws, n_bases, 1), generator=generator)
     seeds = torch.randint(n_seeds, (draws, n_bases, n_seeds), generator=generator)
-    drawn = statistic(*[column[bases, seeds] for column in columns]).double()
+    return statistic(*[column[bases, seeds] for column in columns]).double()
+
+
+def bootstrap(statistic, *columns, draws=10_000):
+    """(value, low, high): the statistic of the columns with its 95% percentile interval."""
+    drawn = resample(statistic, *columns, draws=draws)
     low, high = drawn.nanquantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     return statistic(*columns).item(), low, high
 
@@ -332,43 +453,57 @@ def t_interval(slow_steps, fast_steps):
     return (logs.mean() - half_width).exp().item(), (logs.mean() + half_width).exp().item()
 
 
-def ceiling_share(uniform_steps, arm_steps, dynamic_steps):
-    """The steps that the arm saves over `uniform`, as a share of those that `dynamic` saves."""
-    saved = (uniform_steps - arm_steps).mean((-1, -2))
-    return saved / (uniform_steps - dynamic_steps).mean((-1, -2))
+def mean_of_all(values):
+    """(..., bases, seeds) -> (...)."""
+    return values.mean((-1, -2))
 
 
-def measure_all(runs, rates, size):
-    """The Measures of each (setting, arm): the steps to the target, whether the run reached it, and
-    the last greedy accuracy, each (bases, seeds). The target of a base model is 90% of the mean
-    accuracy of `uniform` at the end. A run that never reaches it counts all its steps."""
-    measures = {}
-    for setting, arm in rates:
-        uniform_last = accuracy_curves(runs, setting, "uniform", rates, size)[..., -1]
-        last = accuracy_curves(runs, setting, arm, rates, size)[..., -1]
-        steps, reached = torch.zeros_like(last), torch.zeros_like(last)
-        for base, seed in itertools.product(*map(range, last.shape)):
-            rows = runs[setting, arm, rates[setting, arm], base, seed]
-            target = 0.9 * uniform_last[base].mean().item()
-            arrival = steps_to(target, *accuracy_curve(rows))
-            steps[base, seed] = setting.steps if arrival is None else arrival
-            reached[base, seed] = arrival is not None
-        measures[setting, arm] = Measures(steps, reached, last)
-    return measures
+# --- The rule: equal sums of sqrt(p) --------------------------------------------------------------
+# p is the share of useful groups in a batch, averaged over the seeds of a base model. The rule says
+# that two arms are equally far when their sums of p**power over the updates are equal, with power
+# 1/2. Two rivals: with power 0 the number of updates counts, and with power 1 the useful groups.
+POWERS = {"sum of sqrt(p)": 0.5, "sum of p": 1.0, "number of updates": 0.0}
 
 
-Measures = namedtuple("Measures", "steps reached last")
+def predicted_logs(uniform_steps, uniform_useful, arm_useful, power=0.5):
+    """The logarithm of each base model's predicted speed-up over `uniform`: (..., bases). It uses
+    the arm's useful shares only. An arm that is never far enough counts all its updates.
+
+    uniform_steps: (..., bases, seeds). uniform_useful, arm_useful: (..., bases, seeds, updates)."""
+    steps = uniform_steps.mean(-1, keepdim=True)
+    uniform_sums, arm_sums = (
+        torch.nn.functional.pad(useful.mean(-2).pow(power).cumsum(-1), (1, 0))
+        for useful in (uniform_useful, arm_useful)
+    )
+    last = uniform_sums.shape[-1] - 1
+    before = steps.floor().clamp(max=last - 1).long()
+    rise = uniform_sums.gather(-1, before + 1) - uniform_sums.gather(-1, before)
+    goal = uniform_sums.gather(-1, before) + (steps - before) * rise
+    after = torch.searchsorted(arm_sums.contiguous(), goal).clamp(1, last)
+    rise = arm_sums.gather(-1, after) - arm_sums.gather(-1, after - 1)
+    missing = goal - arm_sums.gather(-1, after - 1)
+    arm_steps = (after - 1 + (missing / rise).nan_to_num()).clamp(1, last)
+    return (steps.clamp(min=1).log() - arm_steps.log()).squeeze(-1)
 
 
-def accuracy_curves(runs, setting, arm, rates, size):
-    """The greedy accuracies of all runs of an arm, (bases, seeds, evaluations)."""
-    rate = rates[setting, arm]
-    n_seeds = sum((setting, arm, rate, 0, seed) in runs for seed in range(size.seeds))
-    curves = [
-        [accuracy_curve(runs[setting, arm, rate, base, seed])[1] for seed in range(n_seeds)]
-        for base in range(size.bases)
-    ]
-    return torch.tensor(curves, dtype=torch.float64)
+def predicted_speedup(uniform_steps, uniform_useful, arm_useful):
+    return predicted_logs(uniform_steps, uniform_useful, arm_useful).mean(-1).exp()
+
+
+def largest_speedup(uniform_steps, uniform_useful):
+    """The bound: what the rule predicts for an arm whose groups are all useful."""
+    return predicted_speedup(uniform_steps, uniform_useful, torch.ones_like(uniform_useful))
+
+
+def log_error(uniform_steps, arm_steps, uniform_useful, arm_useful, power=0.5):
+    """The logarithm of measured / predicted speed-up, averaged over base models."""
+    measured = log_speedups(uniform_steps, arm_steps)
+    return (measured - predicted_logs(uniform_steps, uniform_useful, arm_useful, power)).mean(-1)
+
+
+def rule_columns(measures, setting, arm):
+    uniform, ours = measures[setting, "uniform"], measures[setting, arm]
+    return uniform.steps, ours.steps, uniform.useful, ours.useful
 
 
 # --- Chance: how often one uniform run beats another ----------------------------------------------
@@ -386,74 +521,6 @@ def chance_speedups(curves, share):
     return speedups
 
 
-def first_half(steps, accuracies):
-    """The first half of a curve, where it is still rising."""
-    n_kept = len(steps) // 2 + 1
-    return steps[:n_kept], accuracies[:n_kept]
-
-
-def uniform_speedups(setting, runs, rates, size, cut, share):
-    """chance_speedups of the runs of `uniform` in a setting. `cut` shortens each curve first."""
-    speedups, rate = [], rates[setting, "uniform"]
-    for base in range(size.bases):
-        keys = [(setting, "uniform", rate, base, seed) for seed in range(size.seeds)]
-        speedups += chance_speedups([cut(*accuracy_curve(runs[key])) for key in keys], share)
-    return speedups
-
-
-# --- Why: the gradient's signal and its noise -----------------------------------------------------
-
-
-def signal_to_noise(gradients):
-    """The norm of the expected gradient, divided by the root mean square distance of a gradient
-    from it. gradients: (K, D), of K independent batches. The estimate of the squared norm uses only
-    products of different gradients, so it is unbiased. 0 if all gradients are 0."""
-    n_gradients = len(gradients)
-    squares = gradients.square().sum(1)
-    of_sum = gradients.sum(0).square().sum()
-    signal = (of_sum - squares.sum()) / (n_gradients * (n_gradients - 1))
-    noise = squares.mean() - signal
-    return (signal.clamp(min=0) / noise).sqrt().nan_to_num().item()
-
-
-def measure_start(world, setting, arm, n_batches):
-    """The signal-to-noise ratio of an arm's GRPO gradient before the first update, from n_batches
-    batches, and the share of useful groups among those it trains on."""
-    model, tokenizer, problems, scores = load_world(world)
-    settings = {**gainrl.PRESETS["tiny"], "group_size": GROUP_SIZE}
-    config = gainrl.Config(**{**settings, **arm_settings(arm, setting.prompts)})
-    curriculum = gainrl.make_curriculum(config, scores)
-    generator = torch.Generator().manual_seed(0)
-    gradients, useful = [], []
-    for _ in range(n_batches):
-        batch = [problems[index] for index in curriculum.sample()]
-        prompts = [problem["prompt"] for problem in batch]
-        rollout = gainrl.generate(model, tokenizer, prompts, config, GROUP_SIZE, generator)
-        golds = [problem["answer"] for problem in batch for _ in range(GROUP_SIZE)]
-        rewards = torch.tensor([*map(gainrl.reward, rollout.texts, golds)]).view(-1, GROUP_SIZE)
-        advantages = gainrl.group_advantages(rewards)
-        if arm == "dynamic":
-            rollout, advantages = keep_most_useful(rollout, advantages)
-        gradients.append(grpo_gradient(model, rollout, advantages, config))
-        useful.append((advantages != 0).any(1).double().mean().item())
-    return signal_to_noise(torch.stack(gradients)), statistics.mean(useful)
-
-
-def load_world(world):
-    """The base model of a world, its tokenizer, the training problems and their Scores."""
-    model, tokenizer = gainrl.load_model(str(world), "cpu")
-    problems = gainrl.load_problems(tokenizer, str(world), "train", longest=400)
-    scores = gainrl.score_prompts(model, [problem["prompt"] for problem in problems])
-    return model, tokenizer, problems, scores
-
-
-def grpo_gradient(model, rollout, advantages, config):
-    """The gradient of a Rollout's GRPO loss as one vector, without KL."""
-    old_logprobs = torch.zeros(rollout.completion_mask.shape, device=model.device)
-    gainrl.compute_gradient(model, None, rollout, advantages, old_logprobs, True, config)
-    return torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
-
-
 # --- Tables: lists of rows, of which the first is the header --------------------------------------
 
 
@@ -465,9 +532,6 @@ def print_table(title, rows):
 
 
 def with_interval(value, low, high):
-    """Text such as "1.21 [1.05, 1.35]", or "undefined" if the value is not finite."""
-    if not math.isfinite(value):
-        return "undefined"
     return f"{value:.2f} [{low:.2f}, {high:.2f}]"
 
 
@@ -475,83 +539,132 @@ def describe(setting):
     return f"{setting.world}, batches of {setting.prompts}"
 
 
-def rate_table(claims, others, runs, size):
-    """The tuned_accuracy of each learning rate."""
-    rows = [["mean accuracy", "arm", *[f"{rate:.0e}" for rate in size.rates]]]
-    tuned = {(key[0], key[1]) for key in runs}
-    for setting, arm in itertools.product((*claims, *others), ALL_ARMS):
-        if (setting, arm) in tuned:
-            areas = [tuned_accuracy(runs, setting, arm, rate, size) for rate in size.rates]
+def rate_table(store, rates, size):
+    """The mean accuracy of the tuning runs by learning rate, and the arms that use the best."""
+    rows = [["mean accuracy while training", "arm", *[f"{rate:.0e}" for rate in size.rates]]]
+    for setting, arm in rates:
+        if TUNED_AS[arm] == arm:
+            areas = [mean_accuracy(store, setting, arm, size, rate) for rate in size.rates]
             rows.append([describe(setting), arm, *[f"{area:.3f}" for area in areas]])
     return rows
 
 
-def speedup_table(setting, measures, rates):
-    """The arms of a setting. Only arms with all seeds get intervals."""
-    heads = ["arm", "rate", "runs", "steps", "reached", "last accuracy", "speed-up over uniform"]
-    heads += ["t interval", "share of the ceiling", "speed-up over length", "over shuffled"]
-    rows = [heads]
-    full = measures[setting, "uniform"].steps.shape[1]
-    for arm in ALL_ARMS:
-        ours = measures[setting, arm]
-        n_runs, n_seeds = ours.steps.numel(), ours.steps.shape[1]
-        row = [arm, f"{rates[setting, arm]:.0e}", n_runs, f"{ours.steps.mean():.1f}"]
-        row += [f"{ours.reached.sum():.0f}", f"{ours.last.mean():.3f}"]
-        uniform, length, shuffled, dynamic = (
-            measures[setting, name].steps[:, :n_seeds]
-            for name in ("uniform", "length", "shuffled", "dynamic")
-        )
-        if n_seeds < full or full == 1:
-            row += [f"{speedup(uniform, ours.steps):.2f}", "", "", "", ""]
-        else:
-            low, high = t_interval(uniform, ours.steps)
-            row.append(with_interval(*bootstrap(speedup, uniform, ours.steps)))
-            row.append(f"[{low:.2f}, {high:.2f}]")
-            row.append(with_interval(*bootstrap(ceiling_share, uniform, ours.steps, dynamic)))
-            row.append(with_interval(*bootstrap(speedup, length, ours.steps)))
-            row.append(with_interval(*bootstrap(speedup, shuffled, ours.steps)))
+def speedup_table(measures, settings):
+    """The speed-up of each arm over `uniform`, in updates."""
+    rows = [["speed-up over uniform", *ARMS[1:]]]
+    for setting in settings:
+        uniform = measures[setting, "uniform"].steps
+        arms = [measures[setting, arm].steps for arm in ARMS[1:]]
+        cells = [with_interval(*bootstrap(speedup, uniform, steps)) for steps in arms]
+        rows.append([describe(setting), *cells])
+    return rows
+
+
+def arm_table(setting, measures, rates):
+    """The arms of a setting in detail."""
+    heads = ["arm", "rate", "runs", "updates", "reached", "last accuracy", "speed-up over uniform"]
+    rows = [[*heads, "t interval", "over shuffled", "over length"]]
+    for arm in [arm for key, arm in rates if key == setting]:
+        steps, reached, accuracy, _ = measures[setting, arm]
+        uniform = measures[setting, "uniform"].steps
+        low, high = t_interval(uniform, steps)
+        row = [arm, f"{rates[setting, arm]:.0e}", steps.numel(), f"{steps.mean():.1f}"]
+        row += [f"{reached.sum():.0f}", f"{accuracy[..., -1].mean():.3f}"]
+        row += [with_interval(*bootstrap(speedup, uniform, steps)), f"[{low:.2f}, {high:.2f}]"]
+        for other in ("shuffled", "length"):
+            row.append(with_interval(*bootstrap(speedup, measures[setting, other].steps, steps)))
         rows.append(row)
     return rows
 
 
-def other_table(others, measures):
-    """The settings with one seed on each base model, without intervals."""
-    arms = (*ARMS[1:], *VARIANTS)
-    rows = [["speed-up over uniform", "uniform's last accuracy", *arms]]
-    for setting in others:
+def rule_table(measures, settings):
+    """The predicted speed-ups, and whether the measured ones agree. `bound` is the largest
+    prediction for any choice of questions."""
+    rows = [["predicted speed-up", "p at the start", "bound", *ARMS[1:]]]
+    agreement = [["measured / predicted", "", "", *ARMS[1:]]]
+    for setting in settings:
         uniform = measures[setting, "uniform"]
-        cells = [f"{speedup(uniform.steps, measures[setting, arm].steps):.2f}" for arm in arms]
-        rows.append([describe(setting), f"{uniform.last.mean():.3f}", *cells])
+        start = uniform.useful[..., :4].mean(-1)
+        row = [describe(setting), with_interval(*bootstrap(mean_of_all, start))]
+        bound = bootstrap(largest_speedup, uniform.steps, uniform.useful, draws=2000)
+        row.append(with_interval(*bound))
+        ratios = [describe(setting), "", ""]
+        for arm in ARMS[1:]:
+            u_steps, steps, u_useful, useful = rule_columns(measures, setting, arm)
+            predicted = bootstrap(predicted_speedup, u_steps, u_useful, useful, draws=2000)
+            row.append(with_interval(*predicted))
+            columns = (u_steps, steps, u_useful, useful)
+            ratio = bootstrap(lambda *inputs: log_error(*inputs).exp(), *columns, draws=2000)
+            ratios.append(with_interval(*ratio))
+        rows.append(row)
+        agreement.append(ratios)
+    return rows + agreement
+
+
+def error_table(measures, settings):
+    """The mean error of the rule and of its rivals over all arms and settings, and what chance
+    alone would give: the mean distance of the resampled errors from the error itself."""
+    rows = [["prediction by equal", "mean error", "chance alone", "intervals without 1"]]
+    keys = list(itertools.product(settings, ARMS[1:]))
+    for name, power in POWERS.items():
+        statistic = partial(log_error, power=power)
+        errors, noises, n_off = [], [], 0
+        for key in keys:
+            columns = rule_columns(measures, *key)
+            error = statistic(*columns).item()
+            drawn = resample(statistic, *columns, draws=2000)
+            low, high = drawn.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+            errors.append(abs(error))
+            noises.append((drawn - error).abs().mean().item())
+            n_off += low > 0 or high < 0
+        cells = [f"{math.expm1(statistics.mean(values)):.0%}" for values in (errors, noises)]
+        rows.append([name, *cells, f"{n_off} of {len(keys)}"])
     return rows
 
 
-def chance_table(claims, runs, rates, size):
-    """The share of ordered pairs of `uniform` runs with a speed-up of at least 2 and 2.5."""
-    heads = ["pairs that differ by 2 and 2.5 times", "pairs"]
-    parts = ("on the slope (first half)", "all steps")
-    targets = ((0.9, "90%"), (1.0, "100%"))
-    rows = [[*heads, *[f"{part}, to {name}" for part in parts for _, name in targets]]]
-    for setting in claims:
-        row = [describe(setting), size.bases * size.seeds * (size.seeds - 1)]
-        for cut, (share, _) in itertools.product((first_half, lambda *curve: curve), targets):
-            speedups = uniform_speedups(setting, runs, rates, size, cut, share)
-            shares = [statistics.mean(s >= factor for s in speedups) for factor in (2, 2.5)]
-            row.append(" and ".join(f"{share:.0%}" for share in shares))
+def useful_table(measures, settings):
+    """The share of useful groups among those trained on, in each quarter of the runs."""
+    rows = [["useful groups by quarter of the run", *ARMS]]
+    for setting in settings:
+        row = [describe(setting)]
+        for arm in ARMS:
+            quarters = measures[setting, arm].useful.mean((0, 1)).unflatten(0, (4, -1)).mean(1)
+            row.append(" ".join(f"{share:.2f}" for share in quarters))
         rows.append(row)
     return rows
 
 
-def useful_table(claims, runs, rates, size):
-    """The share of useful groups in each quarter of the runs."""
-    rows = [["share of useful groups", "arm", "1st quarter", "2nd", "3rd", "4th"]]
-    for setting, arm in itertools.product(claims, (*ARMS[:-1], *VARIANTS)):
-        quarters = [[], [], [], []]
-        for base, seed in itertools.product(range(size.bases), range(size.seeds)):
-            for row in runs[setting, arm, rates[setting, arm], base, seed]:
-                if "useful_groups" in row:
-                    quarters[4 * (row["step"] - 1) // setting.steps].append(row["useful_groups"])
-        cells = [f"{statistics.mean(values):.2f}" for values in quarters]
-        rows.append([describe(setting), arm, *cells])
+def base_table(store, measures, settings):
+    """The correlations of each base model's order, and the speed-ups of `angle` on it."""
+    heads = ["setting", "base model", "C and length", "C and steps", "without i = j and steps"]
+    rows = [[*heads, "length and steps", "angle over uniform", "predicted"]]
+    for setting in settings:
+        columns = rule_columns(measures, setting, "angle")
+        for base in range(len(columns[0])):
+            correlations = store.bases[setting.world, base]["spearman"]
+            u_steps, steps, u_useful, useful = (column[base : base + 1] for column in columns)
+            measured = bootstrap(speedup, u_steps, steps)
+            predicted = predicted_speedup(u_steps, u_useful, useful)
+            row = [describe(setting), base, *[f"{value:+.2f}" for value in correlations]]
+            rows.append([*row, with_interval(*measured), f"{predicted:.2f}"])
+    return rows
+
+
+def chance_table(measures, settings):
+    """The share of ordered pairs of `uniform` runs with a speed-up of at least 2 and 2.5."""
+    shares = {"90%": 0.9, "100%": 1.0}
+    heads = [f"to {name} of its last accuracy" for name in shares]
+    rows = [["pairs of uniform runs that differ by 2 and by 2.5 times", "pairs", *heads]]
+    for setting in settings:
+        accuracy = measures[setting, "uniform"].accuracy
+        row = [describe(setting), accuracy.shape[0] * accuracy.shape[1] * (accuracy.shape[1] - 1)]
+        for share in shares.values():
+            speedups = []
+            for curves in accuracy:
+                speedups += chance_speedups([curve(setting, points) for points in curves], share)
+            factors = [statistics.mean(s >= factor for s in speedups) for factor in (2, 2.5)]
+            row.append(" and ".join(f"{share:.0%}" for share in factors))
+        rows.append(row)
     return rows
 
 
@@ -561,6 +674,8 @@ STYLES = {  # color, line and marker, so that the arms also differ in black and 
     "shuffled": ("tab:gray", ":", "x"),
     "length": ("tab:orange", "--", "s"),
     "angle": ("tab:blue", "-", "^"),
+    "angle-unbiased": ("tab:cyan", "--", "v"),
+    "entropy": ("tab:red", "-", "P"),
     "dynamic": ("tab:green", "-.", "D"),
 }
 
@@ -575,98 +690,96 @@ def pyplot():
     return plt
 
 
-def draw_speedups(path, claims, measures, size):
-    """Speed-ups over uniform. Left: by batch size in one world. Right: by world."""
-    plt = pyplot()
-    in_world = [setting for setting in claims if setting.world == claims[0].world]
-    at_size = [setting for setting in claims if setting.prompts == claims[0].prompts]
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), sharey=True, layout="constrained")
-    panels = (
-        (axes[0], in_world, [setting.prompts for setting in in_world]),
-        (axes[1], at_size, [setting.world for setting in at_size]),
-    )
-    for axis, settings, labels in panels:
-        for k, arm in enumerate(ARMS[1:]):
-            color, _, marker = STYLES[arm]
-            positions = [x + 0.12 * (k - 1.5) for x in range(len(settings))]
-            values, below, above = [], [], []
-            for setting in settings:
-                uniform, ours = measures[setting, "uniform"], measures[setting, arm]
-                value, low, high = bootstrap(speedup, uniform.steps, ours.steps)
-                values.append(value)
-                below.append(value - low)
-                above.append(high - value)
-            label = "dynamic: the ceiling" if arm == "dynamic" else arm
-            style = {"color": color, "marker": marker, "linestyle": "none", "label": label}
-            axis.errorbar(positions, values, [below, above], capsize=3, **style)
-        axis.axhline(1, color="black", linewidth=0.8)
-        axis.axhline(2.5, color="black", linewidth=0.8, linestyle=":")
-        axis.set_xticks(range(len(settings)), labels)
-        axis.set_yscale("log")
-        axis.set_yticks([0.5, 1, 1.5, 2, 2.5, 3, 4], ["0.5", "1", "1.5", "2", "2.5", "3", "4"])
-        axis.minorticks_off()
-    axes[0].set(xlabel=f"questions in a batch ({claims[0].world})")
-    axes[0].set(ylabel="speed-up over uniform, in updates")
-    axes[1].set(xlabel=f"world (batches of {claims[0].prompts})")
-    note = "2.5: the paper, on other models and data"
-    axes[1].text(0.02, 2.55, note, size=8, transform=axes[1].get_yaxis_transform())
-    title = f"geometric mean over {size.bases} base models with {size.seeds} seeds each, "
-    handles, labels = axes[0].get_legend_handles_labels()
-    title += "and its 95% bootstrap interval"
-    figure.legend(handles, labels, title=title, loc="outside lower center", ncols=4)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-
-
-def draw_curves(path, settings, runs, rates, size):
-    """The accuracy over the updates, one panel per setting."""
+def draw_panels(path, settings, title, n_columns, draw):
+    """A figure with a panel for each setting, drawn by draw(axis, setting)."""
     plt = pyplot()
     n_rows = math.ceil(len(settings) / 3)
-    shape = {"figsize": (12, 0.8 + 3 * n_rows), "layout": "constrained", "squeeze": False}
-    figure, axes = plt.subplots(n_rows, 3, sharey=True, **shape)
+    shape = {"figsize": (12, 0.9 + 3.3 * n_rows), "layout": "constrained", "squeeze": False}
+    figure, axes = plt.subplots(n_rows, 3, sharex="none", sharey=True, **shape)
     for axis in axes.flat[len(settings) :]:
         axis.set_axis_off()
     for axis, setting in zip(axes.flat, settings):
-        for arm in ARMS:
-            curves = accuracy_curves(runs, setting, arm, rates, size)
-            steps = range(0, setting.steps + 1, setting.eval_every)
-            intervals = [bootstrap(mean_of_all, point, draws=1000) for point in curves.unbind(-1)]
-            means, lows, highs = zip(*intervals)
-            color, line, _ = STYLES[arm]
-            axis.plot(steps, means, line, color=color, label=arm)
-            axis.fill_between(steps, lows, highs, color=color, alpha=0.15, linewidth=0)
-        n_seeds = curves.shape[1]
-        axis.set(title=f"{describe(setting)}: {size.bases} x {n_seeds} runs", xlabel="updates")
-    for axis in axes[:, 0]:
-        axis.set(ylabel="greedy accuracy", ylim=(0, 1))
+        draw(axis, setting)
     handles, labels = axes[0, 0].get_legend_handles_labels()
-    title = "mean over base models and seeds, and its 95% bootstrap interval"
-    figure.legend(handles, labels, title=title, loc="outside lower center", ncols=len(ARMS))
+    figure.legend(handles, labels, title=title, loc="outside lower center", ncols=n_columns)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
 
-def mean_of_all(values):
-    """(..., bases, seeds) -> (...)."""
-    return values.mean((-1, -2))
+def draw_curves(path, settings, measures):
+    """The accuracy over the updates, one panel per setting."""
+
+    def draw(axis, setting):
+        for arm in ARMS:
+            accuracy = measures[setting, arm].accuracy
+            points = [bootstrap(mean_of_all, point, draws=1000) for point in accuracy.unbind(-1)]
+            means, lows, highs = zip(*points)
+            steps = range(0, setting.steps + 1, setting.eval_every)
+            color, line, _ = STYLES[arm]
+            axis.plot(steps, means, line, color=color, label=arm)
+            axis.fill_between(steps, lows, highs, color=color, alpha=0.12, linewidth=0)
+        n_bases, n_seeds = accuracy.shape[:2]
+        axis.set(title=f"{describe(setting)}: {n_bases} x {n_seeds} runs", xlabel="updates")
+        axis.set(ylabel="greedy accuracy", ylim=(0, 1))
+
+    title = "mean over base models and seeds, and its 95% bootstrap interval"
+    draw_panels(path, settings, title, len(ARMS), draw)
 
 
-def draw_chance(path, setting, runs, rates, size):
-    """The distribution of the speed-up of one uniform run over another."""
+def draw_rule(path, settings, measures):
+    """The measured speed-ups over the predicted ones, with the diagonal and the bound."""
+
+    def draw(axis, setting):
+        uniform = measures[setting, "uniform"]
+        bound = largest_speedup(uniform.steps, uniform.useful).item()
+        axis.plot([0.4, 5], [0.4, 5], color="black", linewidth=0.8, label="measured = predicted")
+        axis.axvline(bound, color="black", linewidth=0.8, linestyle=":", label="bound: all useful")
+        axis.axhline(bound, color="black", linewidth=0.8, linestyle=":")
+        for arm in ARMS[1:]:
+            u_steps, steps, u_useful, useful = rule_columns(measures, setting, arm)
+            x, *x_ends = bootstrap(predicted_speedup, u_steps, u_useful, useful, draws=2000)
+            y, *y_ends = bootstrap(speedup, u_steps, steps)
+            color, _, marker = STYLES[arm]
+            axis.plot(x_ends, [y, y], color=color, linewidth=1)
+            axis.plot([x, x], y_ends, color=color, linewidth=1)
+            axis.plot(x, y, marker, color=color, label=arm)
+        axis.set(title=describe(setting), xlabel="predicted from useful groups")
+        axis.set(ylabel="measured speed-up", xscale="log", yscale="log")
+        axis.set(xlim=(0.45, 4), ylim=(0.45, 4))
+        ticks = [0.5, 0.7, 1, 1.5, 2, 3]
+        axis.set_xticks(ticks, ticks)
+        axis.set_yticks(ticks, ticks)
+        axis.minorticks_off()
+
+    title = "speed-up over uniform with 95% bootstrap intervals, both axes logarithmic"
+    draw_panels(path, settings, title, 4, draw)
+
+
+def draw_speedups(path, settings, measures):
+    """Speed-ups over `uniform` by setting."""
     plt = pyplot()
-    figure, axis = plt.subplots(figsize=(6.5, 3.4), layout="constrained")
-    for cut, line, label in (
-        (first_half, "--", "on the slope: first half of the steps"),
-        (lambda *curve: curve, "-", "all steps"),
-    ):
-        speedups = uniform_speedups(setting, runs, rates, size, cut, 0.9)
-        factors = [1 + 0.02 * k for k in range(101)]
-        shares = [statistics.mean(value >= factor for value in speedups) for factor in factors]
-        axis.plot(factors, shares, f"k{line}", label=label)
-    axis.axvline(2.5, color="black", linewidth=0.8, linestyle=":")
-    axis.set(xlabel="one uniform run is so many times faster than another, or more", xlim=(1, 3))
-    axis.set(ylabel="share of ordered pairs of runs", ylim=(0, 0.6))
-    axis.legend(title=f"to 90% of the other's last accuracy; {describe(setting)}")
+    figure, axis = plt.subplots(figsize=(11, 4.4), layout="constrained")
+    for k, arm in enumerate(ARMS[1:]):
+        color, _, marker = STYLES[arm]
+        for x, setting in enumerate(settings):
+            columns = measures[setting, "uniform"].steps, measures[setting, arm].steps
+            value, low, high = bootstrap(speedup, *columns)
+            position = x + 0.12 * (k - 2.5)
+            style = {"color": color, "marker": marker, "linestyle": "none", "capsize": 3}
+            label = arm if x == 0 else None
+            axis.errorbar(position, value, [[value - low], [high - value]], label=label, **style)
+    for x, setting in enumerate(settings):
+        uniform = measures[setting, "uniform"]
+        bound = largest_speedup(uniform.steps, uniform.useful).item()
+        label = "bound: all groups useful" if x == 0 else None
+        axis.hlines(bound, x - 0.4, x + 0.4, color="black", linestyle=":", label=label)
+    axis.axhline(1, color="black", linewidth=0.8)
+    axis.set_xticks(range(len(settings)), [describe(s).replace(", ", "\n") for s in settings])
+    axis.set(yscale="log", ylabel="speed-up over uniform, in updates")
+    axis.set_yticks([0.5, 0.7, 1, 1.5, 2, 2.5, 3], ["0.5", "0.7", "1", "1.5", "2", "2.5", "3"])
+    axis.minorticks_off()
+    title = "geometric mean over base models and its 95% bootstrap interval"
+    figure.legend(title=title, loc="outside lower center", ncols=7)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
@@ -674,97 +787,37 @@ def draw_chance(path, setting, runs, rates, size):
 # --- The command `curricula` ----------------------------------------------------------------------
 
 
-def study_curricula(claims, others, size, folder, figures):
-    """Make the worlds, train all runs, print the tables and draw the figures."""
-    began = time.perf_counter()
-    print(describe_machine(), end="\n\n", flush=True)
-    with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
-        make_worlds(pool, folder, (*claims, *others), size)
-        tuning = run_all(pool, folder, plan_tuning(claims, others, size), size, "learning rates")
-        rates = choose_rates(claims, others, tuning, size)
-        plan = plan_reported(claims, rates, size)
-        runs = run_all(pool, folder, plan, size, "runs")
-        orders = measure_orders(pool, folder, claims, size)
-        noise = measure_noise(pool, folder, claims, size)
-    measures = measure_all(runs, rates, size)
+def study_curricula(settings, size, path, folder, figures, rerun):
+    """Make the runs that the file at `path` lacks, if `rerun`. Then print the tables and draw the
+    figures. `folder` is for the worlds."""
+    store = Store(path)
+    if rerun:
+        with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
+            make_bases(store, pool, folder, settings, size)
+            make_runs(store, pool, folder, plan_tuning(settings, size), size)
+            rates = choose_rates(store, settings, size)
+            make_runs(store, pool, folder, plan_reported(rates, size), size)
+    if missing := sum(run not in store.runs for run in plan_tuning(settings, size)):
+        raise ValueError(f"{path} lacks {missing} runs for the learning rates; --rerun makes them")
+    rates = choose_rates(store, settings, size)
+    missing = sum(run not in store.runs for run in plan_reported(rates, size))
+    print(f"{len(store.runs)} runs in {path}, {missing} are missing", end="\n\n")
+    measures = measure_all(store, rates, size)
 
-    print_table("Learning rates", rate_table(claims, others, tuning, size))
-    for setting in claims:
-        print_table(describe(setting), speedup_table(setting, measures, rates))
-    print_table("Base models", base_table(claims, orders, measures))
-    print_table("Other settings, one seed on each base model", other_table(others, measures))
-    print_table("Useful groups", useful_table(claims, runs, rates, size))
-    print_table("Signal and noise of the first gradient", noise_table(noise))
-    print_table("Chance", chance_table(claims, runs, rates, size))
+    print_table("Learning rates", rate_table(store, rates, size))
+    print_table("Speed-ups", speedup_table(measures, settings))
+    for setting in settings:
+        print_table(describe(setting), arm_table(setting, measures, rates))
+    print_table("The rule", rule_table(measures, settings))
+    print_table("The rule and its rivals", error_table(measures, settings))
+    print_table("Useful groups", useful_table(measures, settings))
+    print_table("Base models", base_table(store, measures, settings))
+    print_table("Chance", chance_table(measures, settings))
 
     figures.mkdir(exist_ok=True)
-    draw_speedups(figures / "speedup.png", claims, measures, size)
-    longest = max(others, key=lambda setting: setting.steps)
-    draw_curves(figures / "curricula.png", (*claims, longest), runs, rates, size)
-    draw_chance(figures / "chance.png", claims[0], runs, rates, size)
-    n_runs = len(tuning) + len(runs)
-    print(f"{n_runs} runs in {(time.perf_counter() - began) / 60:.0f} minutes")
-
-
-def measure_order(world):
-    """Four Spearman correlations over the questions of a world: of C and length, of C and the steps
-    of the solution, of C without the i = j pairs and the steps, and of length and the steps."""
-    _, _, problems, scores = load_world(world)
-    steps = torch.tensor([float(count_steps(problem["answer"])) for problem in problems])
-    pairs = (
-        (scores.concentration, scores.tokens),
-        (scores.concentration, steps),
-        (unbiased_concentration(scores), steps),
-        (scores.tokens, steps),
-    )
-    return [gainrl.spearman(x, y) for x, y in pairs]
-
-
-def measure_orders(pool, folder, claims, size):
-    """measure_order() of each base model, by (world, base)."""
-    worlds = dict.fromkeys(setting.world for setting in claims)
-    keys = itertools.product(worlds, range(size.bases))
-    calls = {key: partial(measure_order, folder / f"{key[0]}-{key[1]}") for key in keys}
-    return in_parallel(pool, calls, "orders")
-
-
-def base_table(claims, orders, measures):
-    """The correlations of each base model's order, and the speed-up of `angle` on it."""
-    heads = ["setting", "base model", "C and length", "C and steps", "without i = j and steps"]
-    rows = [[*heads, "length and steps", "angle over uniform", "angle reached"]]
-    for setting in claims:
-        uniform, angle = measures[setting, "uniform"], measures[setting, "angle"]
-        for base in range(len(angle.steps)):
-            correlations = [f"{value:+.2f}" for value in orders[setting.world, base]]
-            of_base = slice(base, base + 1)
-            speedups = bootstrap(speedup, uniform.steps[of_base], angle.steps[of_base])
-            reached = f"{angle.reached[base].sum():.0f}"
-            rows.append([describe(setting), base, *correlations, with_interval(*speedups), reached])
-    return rows
-
-
-def measure_noise(pool, folder, claims, size):
-    """measure_start() of each arm on each base model, by (setting, arm, base)."""
-    calls = {}
-    for setting, arm, base in itertools.product(claims, ARMS, range(size.bases)):
-        world = folder / f"{setting.world}-{base}"
-        calls[setting, arm, base] = partial(measure_start, world, setting, arm, size.batches)
-    return in_parallel(pool, calls, "gradients")
-
-
-def noise_table(noise):
-    """The means over base models, with the smallest and the largest value."""
-    rows = [["setting", "", *ARMS]]
-    settings = dict.fromkeys(setting for setting, _, _ in noise)
-    for setting in settings:
-        for position, what in ((0, "signal / noise"), (1, "useful groups")):
-            cells = []
-            for arm in ARMS:
-                values = [noise[key][position] for key in noise if key[:2] == (setting, arm)]
-                low, high = min(values), max(values)
-                cells.append(f"{statistics.mean(values):.2f} ({low:.2f} to {high:.2f})")
-            rows.append([describe(setting), what, *cells])
-    return rows
+    draw_speedups(figures / "speedup.png", settings, measures)
+    draw_curves(figures / "curricula.png", settings, measures)
+    draw_rule(figures / "rule.png", settings, measures)
 
 
 # --- The command `signals`: what C correlates with in a model -------------------------------------
@@ -827,6 +880,13 @@ def sampled_gradient(model, tokenizer, problem, seed):
     rollout = gainrl.generate(model, tokenizer, prompts, config, GROUP_SIZE, generator)
     advantages = torch.tensor([[1.0, -1.0]], device=model.device).repeat(1, GROUP_SIZE // 2)
     return grpo_gradient(model, rollout, advantages, config).norm().item()
+
+
+def grpo_gradient(model, rollout, advantages, config):
+    """The gradient of a Rollout's GRPO loss as one vector, without KL."""
+    old_logprobs = torch.zeros(rollout.completion_mask.shape, device=model.device)
+    gainrl.compute_gradient(model, None, rollout, advantages, old_logprobs, True, config)
+    return torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
 
 
 def text_logprobs(model, ids, n_tokens):
@@ -1031,8 +1091,9 @@ def main(argv=None):
         prog="python -m extras.study", description=__doc__.split("\n")[0], allow_abbrev=False
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    curricula = commands.add_parser("curricula", help="train all arms in all worlds; takes hours")
-    curricula.add_argument("--quick", action="store_true", help="small and fast, not evidence")
+    curricula = commands.add_parser("curricula", help="the tables and figures of STUDY.md")
+    curricula.add_argument("--rerun", action="store_true", help="first make the missing runs")
+    curricula.add_argument("--quick", action="store_true", help="small, from scratch, not evidence")
     signals = commands.add_parser("signals", help="what C correlates with in a model")
     signals.add_argument(
         "--model",
@@ -1057,9 +1118,11 @@ def main(argv=None):
             study_signals(args, FIGURES)
         elif args.quick:
             folder = Path("runs", "study-quick")
-            study_curricula(QUICK_CLAIMS, QUICK_OTHERS, QUICK, folder, figures=folder)
+            store = folder / "runs.jsonl.xz"
+            study_curricula(QUICK_SETTINGS, QUICK, store, folder, figures=folder, rerun=True)
         else:
-            study_curricula(CLAIMS, OTHERS, FULL, Path("runs", "study"), figures=FIGURES)
+            folder = Path("runs", "study")
+            study_curricula(SETTINGS, FULL, STORE, folder, figures=FIGURES, rerun=args.rerun)
     except (ValueError, OSError) as error:
         print(f"extras.study: {error}", file=sys.stderr)
         return 2

@@ -6,6 +6,7 @@ Tests that need TRL (pip install trl==1.16.0) or the real model (python -m extra
 skipped without them."""
 
 import builtins
+import concurrent.futures
 import dis
 import importlib.util
 import itertools
@@ -26,7 +27,7 @@ import pytest
 import torch
 
 import gainrl
-from extras import bench, cuda_graph, plot, study, tiny_world
+from extras import bench, cuda_graph, plot, probe, study, tiny_world
 from test_gainrl import END_TOKENS, FAMILIES, random_model, seeded, tiny_config
 
 torch.set_num_threads(1)  # idle threads would wait in a busy loop
@@ -659,7 +660,7 @@ def test_the_gpu_checks_that_need_no_gpu(monkeypatch, capsys):
     assert "passed  new weights are used" in printed
 
 
-@pytest.mark.parametrize("module", [bench, study])
+@pytest.mark.parametrize("module", [bench, probe, study])
 def test_the_commands_have_help(module, capsys):
     with pytest.raises(SystemExit):
         module.main(["--help"])
@@ -732,10 +733,41 @@ def test_speedups_by_hand():
     expected = [math.exp(logs.mean().item() + sign * half_width) for sign in (-1, 1)]
     assert study.t_interval(uniform, arm) == pytest.approx(expected, rel=1e-4)
     assert study.speedup(uniform, dynamic).item() == pytest.approx(math.sqrt(20 * 2))  # 0 as 1
-    saved, by_dynamic = (10 - 15) / 2, (20 + 2.5) / 2
-    assert study.ceiling_share(uniform, arm, dynamic).item() == pytest.approx(saved / by_dynamic)
-    of_nothing = study.bootstrap(study.ceiling_share, uniform, arm, uniform)
-    assert study.with_interval(*of_nothing) == "undefined"
+
+
+def test_the_rule_by_hand():
+    """With p = 1/4, twenty updates sum up to 10. An arm with p = 1 needs 10 updates for that, and
+    by the sum of p it needs 5."""
+    steps = torch.full((1, 2), 20.0).double()
+    quarter, one = torch.full((1, 2, 40), 0.25).double(), torch.ones(1, 2, 40).double()
+    assert study.largest_speedup(steps, quarter).item() == pytest.approx(2)
+    for power, expected in ((0.5, 2), (1.0, 4), (0.0, 1)):
+        predicted = study.predicted_logs(steps, quarter, one, power).exp()
+        assert predicted.tolist() == pytest.approx([expected])
+    assert study.log_error(steps, steps / 2, quarter, one).item() == pytest.approx(0)
+    assert study.log_error(steps, steps, quarter, one).item() == pytest.approx(math.log(1 / 2))
+    never = study.predicted_speedup(steps, quarter, 0 * one)
+    assert never.item() == pytest.approx(20 / 40)
+
+
+def test_the_rule_agrees_with_a_walk_in_small_steps():
+    generator = seeded()
+    uniform, arm = torch.rand(2, 3, 5, 30, generator=generator).double()
+    steps = 5 + 10 * torch.rand(3, 5, generator=generator).double()
+    expected = []
+    for base in range(3):
+        until = steps[base].mean().item()
+        goal, position = 0.0, 0.0
+        for k in range(round(until * 1000)):
+            goal += 0.001 * uniform[base, :, k // 1000].mean().sqrt().item()
+        while goal > 0:
+            goal -= 0.001 * arm[base, :, int(position)].mean().sqrt().item()
+            position += 0.001
+        expected.append(math.log(until / position))
+    assert study.predicted_logs(steps, uniform, arm).tolist() == pytest.approx(expected, abs=2e-3)
+    draws = [tensor[None].repeat(4, *[1] * tensor.ndim) for tensor in (steps, uniform, arm)]
+    many = study.predicted_logs(*draws)  # with a dimension of draws in front
+    torch.testing.assert_close(many, study.predicted_logs(steps, uniform, arm).repeat(4, 1))
 
 
 def test_partial_correlation_is_that_of_residuals():
@@ -783,125 +815,56 @@ def test_steps_to_a_target(target, expected):
     assert study.steps_to(target, steps, accuracies) == pytest.approx(expected)
 
 
-def evaluated(steps, accuracies):
-    return [{"step": step, "eval_accuracy": value} for step, value in zip(steps, accuracies)]
-
-
-def test_the_mean_accuracy_is_the_area_below_the_curve():
-    rows = [*evaluated([0, 4, 6], [0.0, 0.4, 0.6]), {"step": 5, "accuracy": 1.0}]
-    assert study.mean_accuracy(rows) == pytest.approx((4 * 0.2 + 2 * 0.5) / 6)
-
-
 def test_chance_speedups_by_hand():
     """The slow run never reaches the last accuracy of the fast one."""
     fast, slow = ([0, 4, 8], [0.0, 0.8, 0.8]), ([0, 4, 8], [0.0, 0.2, 0.4])
     assert study.chance_speedups([fast, slow], 1.0) == [4.0, 0.0]  # 2 steps and 8 to 0.4
-    assert study.first_half([0, 1, 2, 3, 4], [5, 6, 7, 8, 9]) == ([0, 1, 2], [5, 6, 7])
-
-
-def test_signal_and_noise_of_made_up_gradients():
-    generator = torch.Generator().manual_seed(0)
-    signal = torch.zeros(1000)
-    signal[0] = 3.0
-    noise = torch.randn(4000, 1000, generator=generator)  # of length sqrt(1000)
-    expected = 3 / math.sqrt(1000)
-    assert study.signal_to_noise(signal + noise) == pytest.approx(expected, rel=0.05)
-    assert study.signal_to_noise(noise) < 0.01
 
 
 # --- study.py: arms, runs, tables and figures -----------------------------------------------------
 def test_each_arm_is_a_curriculum_of_gainrl():
     scores = gainrl.Scores(*torch.rand(3, 30), torch.arange(30))
-    for arm in study.ALL_ARMS:
+    arms = study.arms_of(study.SETTINGS[0], study.SETTINGS)
+    for arm in arms:
         gainrl.make_curriculum(tiny_config(**study.arm_settings(arm, 4)), scores)
-    assert study.arm_settings("angle, slow", 4)["curriculum_step"] == 2
     assert study.arm_settings("dynamic", 4)["prompts_per_step"] == 24
-    assert set(study.TUNED_AS) == set(study.ALL_ARMS) and len(study.ALL_ARMS) == 11
-    assert all(setting.steps % setting.eval_every == 0 for setting in study.CLAIMS + study.OTHERS)
+    assert set(study.TUNED_AS) == set(arms)
+    assert all(setting.steps % setting.eval_every == 0 for setting in study.SETTINGS)
+    assert all(setting.steps % 4 == 0 for setting in study.SETTINGS)  # quarters
 
 
-def test_the_orders_that_the_study_adds():
+def test_the_orders_that_the_study_adds(monkeypatch):
     hidden = torch.randn(3, 9, 4, generator=seeded())
     n_question = torch.tensor([6, 2, 1])
     question_mask = torch.arange(9) >= 9 - n_question[:, None]
     intra, inter = gainrl.angle_concentration(hidden, ~question_mask, question_mask)
     scores = gainrl.Scores(intra, inter, intra + inter, n_question)
-    unbiased = study.order_scores("angle-unbiased, slow", scores).concentration
+    unbiased = study.order_scores("angle-unbiased", scores, None).concentration
     for row, k in enumerate([6, 2, 1]):
         u = torch.nn.functional.normalize(hidden[row, -k:], dim=-1)
         pairs = [u[i] @ u[j] for i, j in itertools.permutations(range(k), 2)]
         expected = sum(pairs) / max(len(pairs), 1) + inter[row]
         assert unbiased[row].item() == pytest.approx(expected.item(), abs=1e-6)
-    assert torch.equal(study.order_scores("reversed", scores).concentration, -(intra + inter))
-    assert study.order_scores("length, slow", scores) == scores
+    world = study.World([], scores, {"entropy": torch.tensor([0.5, 0.1, 0.9])})
+    monkeypatch.setattr(study, "load_world", {"folder": world}.get)
+    by_entropy = study.order_scores("entropy", scores, "folder")
+    assert by_entropy.concentration.tolist() == pytest.approx([0.5, 0.1, 0.9])
+    assert study.order_scores("length", scores, "folder") == scores
 
 
-def test_dynamic_trains_on_the_groups_nearest_to_one_half(monkeypatch):
+def test_groups_are_chosen_by_usefulness():
     right = [0, 4, 1, 3, 2, 4, 0, 1, 4, 0, 4, 0]  # of 4 completions, in 12 groups
     rewards = torch.tensor([[1.0] * n + [0.0] * (4 - n) for n in right])
     advantages = gainrl.group_advantages(rewards)
-    assert study.most_useful(advantages).tolist() == [4, 2]  # the first of three equal ones
-
+    groups = study.most_useful(advantages)
+    assert groups.tolist() == [4, 2]  # the first of three equal ones
     ids = torch.arange(12).repeat_interleave(4)[:, None].repeat(1, 3)
     mask = torch.ones_like(ids, dtype=torch.bool)
-    seen = []
-    monkeypatch.setattr(study, "grpo_update", lambda *inputs: seen.append(inputs))
     rollout = gainrl.Rollout(ids, mask, mask[:, 1:], None, 0.5)
-    study.update_on_useful_groups("model", None, "optimizer", rollout, advantages, "config")
-    ((model, _, optimizer, chosen, chosen_advantages, config),) = seen
-    assert (model, optimizer, config) == ("model", "optimizer", "config")
+    chosen, chosen_advantages = study.keep_groups(rollout, advantages, groups)
     assert chosen.ids[:, 0].tolist() == [4] * 4 + [2] * 4
     assert chosen.completion_mask.shape == (8, 2)
     torch.testing.assert_close(chosen_advantages, advantages[[4, 2]])
-
-
-PACE = {"uniform": 0.1, "angle": 0.3, "dynamic": 0.4}  # accuracy per step; others gain 0.2
-
-
-def made_up_runs(pool, folder, plan, size, title):
-    """The metrics of runs that were never trained. The second learning rate is the best."""
-    runs = {}
-    for setting, arm, rate, base, seed in plan:
-        rows = []
-        for step in range(setting.steps + 1):
-            accuracy = PACE.get(arm, 0.2) * step + 0.02 * (seed % 10) + 0.01 * (rate == 2e-4)
-            rows += evaluated([step], [min(1.0, accuracy)])
-            rows.append({"step": step + 1, "useful_groups": 0.5})
-        runs[setting, arm, rate, base, seed] = rows[:-1]
-    return runs
-
-
-def test_tables_and_figures_of_made_up_runs(tmp_path, monkeypatch, capsys):
-    noise = {
-        (setting, arm, base): (0.1 * (base + 1), 0.25)
-        for setting, arm, base in itertools.product(study.QUICK_CLAIMS, study.ARMS, range(2))
-    }
-    monkeypatch.setattr(study, "run_all", made_up_runs)
-    monkeypatch.setattr(study, "make_worlds", lambda *inputs: None)
-    monkeypatch.setattr(study, "measure_noise", lambda *inputs: noise)
-    worlds = [setting.world for setting in study.QUICK_CLAIMS]
-    orders = {key: [-0.5, 0.25, 0.0, 1.0] for key in itertools.product(worlds, range(2))}
-    monkeypatch.setattr(study, "measure_orders", lambda *inputs: orders)
-    size = study.QUICK._replace(rates=(1e-4, 2e-4))
-    study.study_curricula(study.QUICK_CLAIMS, study.QUICK_OTHERS, size, tmp_path, tmp_path)
-    printed = capsys.readouterr().out
-    # By hand: with seeds 0 and 1, uniform ends at 0.41 and 0.43, so the target is 0.378. From 0.01
-    # and 0.03, uniform takes 3.68 and 3.48 steps, angle 1.2267 and 1.16, dynamic 0.92 and 0.87. A
-    # mean below one step counts as one. The base models do not differ.
-    angle = 3.58 / (3.58 / 3)
-    share = (3.58 - 3.58 / 3) / (3.58 - 3.58 / 4)
-    line = next(line for line in printed.splitlines() if line.startswith("| angle | 2e-04 | 4 |"))
-    assert f"| 1.2 | 4 | 1.000 | {angle:.2f} [" in line and f"| {share:.2f} [" in line
-    assert (
-        f"| scarcest, batches of 4 | 0 | -0.50 | +0.25 | +0.00 | +1.00 | {angle:.2f} [" in printed
-    )
-    assert line.count("| 1.50 [") == 2  # over length and shuffled: 1.84 and 1.74 steps each
-    assert "| dynamic | 2e-04 | 4 | 0.9 | 4 | 1.000 | 3.58 [" in printed
-    assert "| reversed | 2e-04 | 2 | 1.8 | 2 | 0.810 | 2.00 |" in printed  # seed 0 alone
-    assert "| scarcest, batches of 4 | signal / noise | 0.15 (0.10 to 0.20) |" in printed
-    assert "| scarcest, batches of 4 | 4 | 0% and 0% |" in printed
-    for name in ("curricula.png", "speedup.png", "chance.png"):
-        assert (tmp_path / name).read_bytes()[1:4] == b"PNG"
 
 
 @pytest.fixture(scope="module")
@@ -912,55 +875,222 @@ def world(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("arm", ["dynamic", "angle, slow", "angle-unbiased", "reversed"])
-def test_a_run_of_the_study(world, tmp_path, arm):
-    run_dir = tmp_path / "run"
-    inputs = (world, study.Setting("scarcest", 2, 1, 1), arm, 1e-4, 3, 4)
-    rows = study.train_once(run_dir, *inputs)
-    assert [row["step"] for row in rows if "eval_accuracy" in row] == [0, 1]
-    assert gainrl.grpo_update is study.grpo_update  # restored
-    assert gainrl.make_curriculum is study.make_curriculum
-    assert sorted(path.name for path in run_dir.iterdir() if path.is_dir()) == []
-    settings = json.loads((run_dir / "config.json").read_text())
-    assert (settings["lr"], settings["seed"]) == (1e-4, 3)
-    assert settings["prompts_per_step"] == (12 if arm == "dynamic" else 2)
-    # The run reports the correlation of its order with length, and lists the scores.
-    columns = zip(*[row.values() for row in bench.read_jsonl(run_dir / "scores.jsonl")])
-    scores = gainrl.Scores(*map(torch.tensor, list(columns)[1:]))  # without the index
-    ordered = study.order_scores(arm, scores)
-    summary = json.loads((run_dir / "summary.json").read_text())
-    expected = -gainrl.spearman(ordered.concentration, ordered.tokens)
-    assert summary["rank_length_correlation"] == pytest.approx(expected, abs=1e-4)
+@pytest.mark.parametrize("arm", ["dynamic", "entropy", "angle-unbiased", "angle, useful tokens"])
+def test_a_run_of_the_study(world, arm, monkeypatch):
+    trained = []  # the useful groups and all groups of each update
 
-    stopped = tmp_path / "stopped"  # right after it had started
-    stopped.mkdir()
-    (run_dir / "config.json").rename(stopped / "config.json")
-    again = study.train_once(stopped, *inputs)
-    for row in (*rows, *again):
-        row.pop("seconds", None)
-        row.pop("tokens_per_second", None)
-    assert again == rows
-    (run_dir / "metrics.jsonl").write_text('{"step": 9}\n')
-    assert study.train_once(run_dir, *inputs) == [{"step": 9}]  # finished, so nothing is repeated
+    def note(model, reference, optimizer, rollout, advantages, config):
+        assert len(rollout.ids) == advantages.numel()
+        trained.append([(advantages != 0).any(1).sum().item(), len(advantages)])
+        assert (config.lr, config.seed) == (1e-3, 3)
+        return update(model, reference, optimizer, rollout, advantages, config)
+
+    update = study.grpo_update
+    monkeypatch.setattr(study, "grpo_update", note)
+    inputs = (world, study.Setting("scarcest", 4, 2, 1), arm, 1e-3, 3, 4)
+    row = study.train_once(*inputs)
+    assert gainrl.grpo_update is update and gainrl.make_curriculum is study.make_curriculum
+    assert [len(values) for values in row.values()] == [3, 2, 2, 2]
+    assert all(0 <= n <= 4 for n in row["correct"])
+    assert row["useful"] == [useful for useful, _ in trained]
+    for useful, n_groups in trained:
+        assert n_groups == (useful or 4 if arm == "angle, useful tokens" else 4)
+    assert row["mean"][0] == 0 and all(0 < c < 2 for c in row["concentration"])
+    assert study.train_once(*inputs) == row
 
 
-def test_the_order_of_a_base_model(world):
+def test_the_measures_of_a_base_model(world):
     rows = bench.read_jsonl(world / "train.jsonl")
     _, tokenizer = gainrl.load_model(str(world), "cpu")
     tokens = [len(tokenizer(row["question"])["input_ids"]) for row in rows]
     steps = [row["answer"].count("=") for row in rows]
     length_with_steps = gainrl.spearman(torch.tensor(tokens), torch.tensor(steps))
-    correlations = study.measure_order(world)
-    assert correlations[3] == pytest.approx(length_with_steps, abs=1e-6)
+    measured = study.measure_base(world, {})
+    correlations = measured["spearman"]
+    assert correlations[3] == pytest.approx(length_with_steps, abs=1e-4)
     # The i = j pairs favor short questions, and here these have few steps.
     assert correlations[1] < correlations[2] < 1 and correlations[0] < 0
+    assert len(measured["model"]) == 16
 
 
-def test_the_gradient_at_the_start_is_measured(world):
-    setting = study.Setting("scarcest", 2, 1, 1)
-    for arm in ("uniform", "dynamic"):
-        ratio, useful = study.measure_start(world, setting, arm, 3)
-        assert ratio >= 0 and 0 <= useful <= 1
+class NoPool:
+    """Like a ProcessPoolExecutor, but submit() makes the call at once."""
+
+    def __init__(self, *inputs):
+        self.futures = []
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        pass
+
+    def submit(self, call, *inputs):
+        future = concurrent.futures.Future()
+        future.set_result(call(*inputs))
+        return future
+
+
+PACE = {"uniform": 8, "angle": 24, "dynamic": 32}  # correct answers of 80 per update; others: 16
+USEFUL = {"uniform": 1, "dynamic": 4}  # groups of 4; others: 2
+
+
+def made_up_run(world, setting, arm, rate, seed, eval_examples):
+    correct = [PACE.get(arm, 16) * step + 2 * seed + (rate == 2e-4) for step in range(5)]
+    useful = [USEFUL.get(arm, 2)] * 4
+    return {"correct": correct, "useful": useful, "mean": [0] * 4, "concentration": [0.5] * 4}
+
+
+def test_the_study_of_made_up_runs(tmp_path, monkeypatch, capsys):
+    n_made = []
+
+    def make_run(*inputs):
+        n_made.append(inputs)
+        return made_up_run(*inputs)
+
+    monkeypatch.setattr(study, "ProcessPoolExecutor", NoPool)
+    monkeypatch.setattr(study, "train_once", make_run)
+    base = {"model": "abc", "spearman": [-0.5, 0.25, 0.0, 1.0]}
+    monkeypatch.setattr(study, "measure_base", lambda *inputs: dict(base))
+    path = tmp_path / "runs.jsonl.xz"
+    size = study.QUICK._replace(rates=(1e-4, 2e-4), eval_examples=80, seeds=3)
+    inputs = (study.QUICK_SETTINGS, size, path, tmp_path, tmp_path)
+    with pytest.raises(ValueError, match="lacks 40 runs for the learning rates"):
+        study.study_curricula(*inputs, rerun=False)
+    study.study_curricula(*inputs, rerun=True)
+    assert len(n_made) == 2 * 5 * 2 * 2 + (7 + 9) * 2 * 3  # tuning, then the reported runs
+    printed = capsys.readouterr().out
+    # By hand: uniform ends at 33, 35 and 37 of 80, so its target is 90% of 35, 31.5. From 1, 3 and
+    # 5, it takes 3.8125, 3.5625 and 3.3125 updates, angle a third and dynamic a quarter of these.
+    # Means below one update count as one. The base models do not differ.
+    line = next(line for line in printed.splitlines() if line.startswith("| angle | 2e-04 | 6 |"))
+    assert "| 1.2 | 6 | 1.238 | 3.00 [" in line
+    assert line.count("| 1.50 [") == 2  # over length and shuffled
+    assert "| dynamic | 2e-04 | 6 | 0.9 | 6 | 1.638 | 3.56 [" in printed
+    assert "| scarcest, batches of 4 | 0 | -0.50 | +0.25 | +0.00 | +1.00 | 3.00 [" in printed
+    # The rule: a quarter of the groups is useful for uniform, half for angle, all for dynamic.
+    assert "| scarcest, batches of 4 | 0.25 [0.25, 0.25] | 2.00 [2.00, 2.00] | 1.41 [" in printed
+    assert "| sum of sqrt(p) |" in printed and "| number of updates |" in printed
+    assert "| opened, batches of 4 | 12 | 0% and 0% | 0% and 0% |" in printed
+    for name in ("curricula.png", "speedup.png", "rule.png"):
+        assert (tmp_path / name).read_bytes()[1:4] == b"PNG"
+
+    # The file has all that was printed. Lost runs are made again, and only those.
+    study.study_curricula(*inputs, rerun=False)
+    assert capsys.readouterr().out == printed
+    store = study.Store(path)
+    lost = [run for run in store.runs if run.arm == "length" and run.seed == 2]
+    for run in lost:
+        del store.runs[run]
+    store.save()
+    study.study_curricula(*inputs, rerun=False)
+    assert "4 are missing" in capsys.readouterr().out
+    before = len(n_made)
+    study.study_curricula(*inputs, rerun=True)
+    assert len(n_made) == before + len(lost) and capsys.readouterr().out == printed
+
+    store.runs = {run: row for run, row in store.runs.items() if run.seed in (0, 100)}
+    store.save()
+    with pytest.raises(ValueError, match="scarcest, batches of 4: fewer than two seeds"):
+        study.study_curricula(*inputs, rerun=False)
+    base["model"] = "another"
+    with pytest.raises(ValueError, match="differs from that of the runs"):
+        study.study_curricula(*inputs, rerun=True)
+
+
+def test_a_failed_run_loses_no_other(tmp_path, monkeypatch):
+    store = study.Store(tmp_path / "runs.jsonl.xz")
+    plan = [study.Run(study.QUICK_SETTINGS[0], "uniform", 1e-4, 0, seed) for seed in range(3)]
+
+    def finish(pool, calls, title):
+        yield plan[0], {"correct": [1]}
+        raise OSError("disk full")
+
+    monkeypatch.setattr(study, "in_parallel", finish)
+    with pytest.raises(OSError, match="disk full"):
+        study.make_runs(store, None, tmp_path, plan, study.QUICK)
+    assert study.Store(store.path).runs == {plan[0]: {"correct": [1]}}
+
+
+# --- probe.py -------------------------------------------------------------------------------------
+def test_the_signals_of_the_probe_are_what_they_say(world):
+    model, tokenizer = gainrl.load_model(str(world), "cpu")
+    problems = gainrl.load_problems(tokenizer, str(world), "train", 400)[:5]
+    prompts = [problem["prompt"] for problem in problems]
+    signals = probe.measure_signals(model, prompts)
+    scores = gainrl.score_prompts(model, prompts)
+    for name, expected in (
+        ("C", scores.concentration),
+        ("C_intra", scores.intra),
+        ("C_inter", scores.inter),
+        ("length, shortest first", -scores.tokens),
+    ):
+        torch.testing.assert_close(signals[name].float(), expected.float(), atol=1e-5, rtol=0)
+    for row, prompt in enumerate(prompts):
+        ids = torch.tensor([prompt.ids])
+        probabilities = model(ids).logits[0].double().softmax(-1)
+        last = probabilities[-1]
+        expected = -(last * last.log()).sum().item()
+        assert signals["entropy"][row].item() == pytest.approx(expected, abs=1e-5)
+        positions = range(prompt.start, prompt.end)
+        of_question = [probabilities[k - 1, prompt.ids[k]].log().item() for k in positions]
+        expected = sum(of_question) / len(of_question)
+        name = "perplexity, lowest first"
+        assert signals[name][row].item() == pytest.approx(expected, abs=1e-5)
+
+
+def test_auc_is_the_share_of_ordered_pairs():
+    signal = torch.randint(6, (40,), generator=seeded()).double()  # with ties
+    useful = torch.rand(40, generator=seeded()) < 0.3
+    pairs = [(x, y) for x in signal[useful].tolist() for y in signal[~useful].tolist()]
+    expected = sum((x > y) + 0.5 * (x == y) for x, y in pairs) / len(pairs)
+    assert probe.auc(signal, useful).item() == pytest.approx(expected)
+    many = probe.auc(signal.expand(3, -1), useful.expand(3, -1))
+    assert many.tolist() == pytest.approx([expected] * 3)
+    assert probe.auc(signal, useful & False).isnan()
+
+
+def test_the_speedup_at_the_start_by_hand():
+    """The first 10 of 100 questions are useful. The Gaussian is 13.4 ranks wide and starts at 0."""
+    signal = -torch.arange(100).double()
+    useful = torch.arange(100) < 10
+    weights = [math.exp(-0.5 * (k / (100 * 1000 / 7473)) ** 2) for k in range(100)]
+    q = sum(weights[:10]) / sum(weights)
+    assert probe.first_speedup(signal, useful).item() == pytest.approx(math.sqrt(q / 0.1))
+    assert probe.first_speedup(-signal, useful).item() < 0.01
+    orders = torch.rand(2000, 100, generator=seeded()).double()
+    many = probe.first_speedup(orders, useful.expand(2000, -1))
+    assert many.square().mean().item() == pytest.approx(1, abs=0.05)  # a random order gains nothing
+
+
+def test_a_probe(world, capsys):
+    flags = ["--model", str(world), "--dataset", str(world), "--preset", "tiny", "--seed", "2"]
+    assert probe.main([*flags, "--questions", "20", "--group-size", "4"]) == 0
+    printed = capsys.readouterr().out
+    n_useful = int(re.search(r"useful groups +(\d+) of 20", printed).group(1))
+    low, high = gainrl.wilson_interval(n_useful, 20)
+    assert f"p = {n_useful / 20:.2f} [{low:.2f}, {high:.2f}]" in printed
+    assert "completions        80 in " in printed
+    if n_useful:
+        assert f"no choice of questions can gain more than {(n_useful / 20) ** -0.5:.2f}" in printed
+        assert all(name in printed for name in probe.SIGNALS)
+    assert "0 of 7 groups are useful: nothing to learn" in probe.conclude(0, 7)
+    assert probe.conclude(7, 7) == "p = 1.00: no choice of questions can gain more than 1.00 times."
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--questions", "0"], "--questions 0: must be at least 1"),
+        (["--dataset", "nowhere"], "cannot load --dataset nowhere"),
+        (["--group-size", "1"], "--group-size 1"),
+    ],
+)
+def test_bad_input_of_the_probe_is_one_line(world, flags, message, capsys):
+    known = ["--model", str(world), "--dataset", str(world), "--preset", "tiny"]
+    assert probe.main([*known, *flags]) == 2
+    error = capsys.readouterr().err.strip()
+    assert error.startswith(f"extras.probe: {message}") and "\n" not in error
 
 
 # --- study.py: the signals of a model -------------------------------------------------------------

@@ -1,0 +1,209 @@
+"""Will a curriculum help this model on these questions? Ask before you train.
+
+    python -m extras.probe                                   the tiny model and its questions
+    python -m extras.probe --model FOLDER --dataset FOLDER   or names on the hub, as in gainrl.py
+
+A group of completions is useful if its rewards differ. All others have no gradient. The probe
+samples one group for each of 256 random questions and reports the share p of useful groups. It also
+reports how well each signal of a forward pass predicts which groups are useful, and the speed-up
+over uniform draws that this allows at the start of a run. Nothing is trained or written.
+
+The rule behind it: two runs are equally far when their sums of sqrt(p) over the updates are equal.
+So a batch in which a share q of the groups is useful counts sqrt(q / p) times as much as a random
+one, and at most 1 / sqrt(p) times. extras/STUDY.md derives and tests this."""
+
+import argparse
+import sys
+import time
+from collections import namedtuple
+
+import torch
+import torch.nn.functional as F
+import transformers
+from tqdm import tqdm
+
+import gainrl
+
+# --- Signals --------------------------------------------------------------------------------------
+# What one forward pass over a prompt gives. hidden: (T, D), after the final norm. logprobs: (T, V),
+# of the next token. prompt: a gainrl.Prompt, whose question has the tokens start to end.
+ForwardPass = namedtuple("ForwardPass", "hidden logprobs prompt")
+
+
+def concentration(view):
+    return sum(intra_and_inter(view))
+
+
+def intra_concentration(view):
+    return intra_and_inter(view)[0]
+
+
+def inter_concentration(view):
+    return intra_and_inter(view)[1]
+
+
+def intra_and_inter(view):
+    hidden = view.hidden[None, : view.prompt.end]
+    is_prefix = torch.arange(view.prompt.end, device=hidden.device)[None] < view.prompt.start
+    intra, inter = gainrl.angle_concentration(hidden, is_prefix, ~is_prefix)
+    return intra.item(), inter.item()
+
+
+def shortness(view):
+    """Minus the number of tokens in the question."""
+    return float(view.prompt.start - view.prompt.end)
+
+
+def predictability(view):
+    """Minus the logarithm of the question's perplexity."""
+    start, end = view.prompt.start, view.prompt.end
+    targets = torch.tensor(view.prompt.ids[start:end], device=view.logprobs.device)
+    return view.logprobs[start - 1 : end - 1].gather(1, targets[:, None]).mean().item()
+
+
+def entropy(view):
+    """The entropy of the first token of a completion, in nats."""
+    return torch.distributions.Categorical(logits=view.logprobs[-1]).entropy().item()
+
+
+# A curriculum starts with the questions of the highest signal. To add one, write a function.
+SIGNALS = {
+    "C": concentration,
+    "C_intra": intra_concentration,
+    "C_inter": inter_concentration,
+    "length, shortest first": shortness,
+    "perplexity, lowest first": predictability,
+    "entropy": entropy,
+}
+
+
+@torch.no_grad()
+def measure_signals(model, prompts):
+    """The signals of N Prompts by their name in SIGNALS: float64 tensors (N,)."""
+    rows = []
+    for prompt in tqdm(prompts, "signals", leave=False, disable=None):
+        ids = torch.tensor([prompt.ids], device=model.device)
+        with gainrl.mixed_precision(model.device):
+            hidden, _ = gainrl.run_backbone(model, ids)
+            logits = model.get_output_embeddings()(hidden)[0].float()
+        view = ForwardPass(hidden[0], F.log_softmax(logits, dim=-1), prompt)
+        rows.append([signal(view) for signal in SIGNALS.values()])
+    return dict(zip(SIGNALS, torch.tensor(rows, dtype=torch.float64).unbind(1)))
+
+
+# --- Groups ---------------------------------------------------------------------------------------
+
+
+def sample_rewards(model, tokenizer, problems, config):
+    """The rewards of one group of completions for each problem: (N, G)."""
+    generator = torch.Generator(model.device).manual_seed(config.seed)
+    rewards = []
+    size = config.prompts_per_step
+    for first in tqdm(range(0, len(problems), size), "sampling", leave=False, disable=None):
+        batch = problems[first : first + size]
+        prompts = [problem["prompt"] for problem in batch]
+        rollout = gainrl.generate(model, tokenizer, prompts, config, config.group_size, generator)
+        golds = [problem["answer"] for problem in batch for _ in range(config.group_size)]
+        rewards += map(gainrl.reward, rollout.texts, golds)
+    return torch.tensor(rewards).view(-1, config.group_size)
+
+
+# --- Statistics -----------------------------------------------------------------------------------
+
+
+def auc(signal, useful):
+    """The probability that a useful group has a higher signal than another one; ties count half.
+    signal: (..., N), useful: bool (..., N). NaN if all groups are useful or none is."""
+    signal = signal.contiguous()
+    ordered = signal.sort(-1).values
+    below = torch.searchsorted(ordered, signal)
+    ranks = (below + torch.searchsorted(ordered, signal, right=True)).double() / 2
+    n_useful = useful.sum(-1)
+    wins = (ranks * useful).sum(-1) - n_useful.double().square() / 2
+    return wins / (n_useful * (useful.shape[-1] - n_useful))
+
+
+def first_speedup(signal, useful):
+    """The predicted speed-up over uniform draws at the start of a curriculum: sqrt(q / p). q is the
+    useful share under the first weights of gainrl's Gaussian over the questions, highest signal
+    first. signal: (..., N), useful: bool (..., N). NaN if no group is useful."""
+    curriculum = gainrl.GaussianCurriculum(torch.zeros(signal.shape[-1]), 1)
+    in_order = useful.double().gather(-1, signal.argsort(dim=-1, descending=True, stable=True))
+    q = (in_order * curriculum.probabilities()).sum(-1)
+    return (q / useful.double().mean(-1)).sqrt()
+
+
+def with_interval(statistic, signal, useful, draws=2000):
+    """The statistic and its 95% bootstrap interval over questions, as text."""
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randint(len(signal), (draws, len(signal)), generator=generator)
+    drawn = statistic(signal[rows], useful[rows])
+    low, high = drawn.nanquantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return f"{statistic(signal, useful).item():.2f} [{low:.2f}, {high:.2f}]"
+
+
+# --- The report -----------------------------------------------------------------------------------
+
+
+def probe(config, n_questions):
+    """Sample, measure and print."""
+    began = time.perf_counter()
+    model, tokenizer, problems, _ = gainrl.load_task(config)
+    generator = torch.Generator().manual_seed(config.seed)
+    drawn = torch.randperm(len(problems), generator=generator)[:n_questions]
+    problems = [problems[index] for index in drawn.tolist()]
+    signals = measure_signals(model, [problem["prompt"] for problem in problems])
+    rewards = sample_rewards(model, tokenizer, problems, config)
+    useful = rewards.amax(1) > rewards.amin(1)
+    n_useful, n_groups = useful.sum().item(), len(useful)
+    p = n_useful / n_groups
+    low, high = gainrl.wilson_interval(n_useful, n_groups)
+    bound = f"{p**-0.5:.2f} [{high**-0.5:.2f}, {low**-0.5:.2f}]" if n_useful else "undefined"
+    print(f"useful groups      {n_useful} of {n_groups}: p = {p:.2f} [{low:.2f}, {high:.2f}]")
+    print(f"accuracy           {rewards.mean():.2f}")
+    print(f"bound 1/sqrt(p)    {bound}")
+    print(f"completions        {rewards.numel()} in {time.perf_counter() - began:.0f} s")
+    if 0 < n_useful < n_groups:
+        print("\nsignal                     AUC                  speed-up at the start")
+        for name, signal in signals.items():
+            cells = [with_interval(statistic, signal, useful) for statistic in (auc, first_speedup)]
+            print(f"{name:<26} {cells[0]:<20} {cells[1]}")
+    print(f"\n{conclude(n_useful, n_groups)}")
+
+
+def conclude(n_useful, n_groups):
+    """The closing sentence."""
+    if n_useful == 0:
+        return (
+            f"0 of {n_groups} groups are useful: nothing to learn here yet. Try easier questions, a "
+            "better model or more completions per group."
+        )
+    p = n_useful / n_groups
+    return f"p = {p:.2f}: no choice of questions can gain more than {p**-0.5:.2f} times."
+
+
+def main(argv=None):
+    """Run a command line; returns its status: 0, or 2 after an error."""
+    parser = argparse.ArgumentParser(
+        prog="python -m extras.probe",
+        description=__doc__.partition("\n")[0],
+        epilog="All other options are those of gainrl.py, such as --group-size and --temperature.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--questions", type=int, default=256, help="default: %(default)s")
+    args, others = parser.parse_known_args(argv)
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        if args.questions < 1:
+            raise ValueError(f"--questions {args.questions}: must be at least 1")
+        probe(gainrl.parse_config(others), args.questions)
+        return 0
+    except (ValueError, OSError, FloatingPointError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not gainrl.is_out_of_memory(error):
+            raise  # a bug
+        print("extras.probe: " + " ".join(str(error).split())[:600], file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
