@@ -728,10 +728,6 @@ def test_speedups_by_hand():
     arm = torch.tensor([[10.0, 10.0], [20.0, 20.0]]).double()
     dynamic = torch.tensor([[0.0, 0.0], [2.5, 2.5]]).double()
     assert study.speedup(uniform, arm).item() == pytest.approx(math.sqrt(2 * 0.25))
-    logs = torch.tensor([2.0, 0.25]).log()
-    half_width = 12.706 * logs.std().item() / math.sqrt(2)
-    expected = [math.exp(logs.mean().item() + sign * half_width) for sign in (-1, 1)]
-    assert study.t_interval(uniform, arm) == pytest.approx(expected, rel=1e-4)
     assert study.speedup(uniform, dynamic).item() == pytest.approx(math.sqrt(20 * 2))  # 0 as 1
 
 
@@ -818,7 +814,9 @@ def test_steps_to_a_target(target, expected):
 def test_chance_speedups_by_hand():
     """The slow run never reaches the last accuracy of the fast one."""
     fast, slow = ([0, 4, 8], [0.0, 0.8, 0.8]), ([0, 4, 8], [0.0, 0.2, 0.4])
-    assert study.chance_speedups([fast, slow], 1.0) == [4.0, 0.0]  # 2 steps and 8 to 0.4
+    assert study.chance_speedups([fast, slow]) == pytest.approx(
+        [4.0, 0.0]
+    )  # 1.8 and 7.2 steps to 0.36
 
 
 # --- study.py: arms, runs, tables and figures -----------------------------------------------------
@@ -828,7 +826,7 @@ def test_each_arm_is_a_curriculum_of_gainrl():
     for arm in arms:
         gainrl.make_curriculum(tiny_config(**study.arm_settings(arm, 4)), scores)
     assert study.arm_settings("dynamic", 4)["prompts_per_step"] == 24
-    assert set(study.TUNED_AS) == set(arms)
+    assert {*study.TUNED_AS, *study.TUNED_AS.values()} <= set(arms)
     assert all(setting.steps % setting.eval_every == 0 for setting in study.SETTINGS)
     assert all(setting.steps % 4 == 0 for setting in study.SETTINGS)  # quarters
 
@@ -969,10 +967,15 @@ def test_the_study_of_made_up_runs(tmp_path, monkeypatch, capsys):
     assert "| dynamic | 2e-04 | 6 | 0.9 | 6 | 1.638 | 3.56 [" in printed
     assert "| scarcest, batches of 4 | 0 | -0.50 | +0.25 | +0.00 | +1.00 | 3.00 [" in printed
     # The rule: a quarter of the groups is useful for uniform, half for angle, all for dynamic.
-    assert "| scarcest, batches of 4 | 0.25 [0.25, 0.25] | 2.00 [2.00, 2.00] | 1.41 [" in printed
+    assert (
+        "| scarcest, batches of 4 | 0.25 [0.25, 0.25] | 2.00 [2.00, 2.00] | 2.00 [2.00, 2.00] |"
+        in printed
+    )
+    assert "| scarcest, batches of 4 | 1.41 [1.41, 1.41] |" in printed
+    assert "| scarcest, batches of 4 | 0.25 0.25 0.25 0.25 | 0.50 " in printed
     assert "| sum of sqrt(p) |" in printed and "| number of updates |" in printed
-    assert "| opened, batches of 4 | 12 | 0% and 0% | 0% and 0% |" in printed
-    for name in ("curricula.png", "speedup.png", "rule.png"):
+    assert "| opened, batches of 4 | 12 | 0% | 0% |" in printed
+    for name in ("curricula.png", "rule.png"):
         assert (tmp_path / name).read_bytes()[1:4] == b"PNG"
 
     # The file has all that was printed. Lost runs are made again, and only those.
