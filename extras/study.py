@@ -14,7 +14,6 @@ nothing, it only shows that everything works."""
 
 import argparse
 import dataclasses
-import functools
 import hashlib
 import importlib.util
 import itertools
@@ -29,7 +28,7 @@ import tempfile
 from collections import namedtuple
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import redirect_stderr, redirect_stdout
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from unittest.mock import patch
 
@@ -128,7 +127,7 @@ def unbiased_concentration(scores):
 World = namedtuple("World", "problems scores signals")
 
 
-@functools.cache
+@cache
 def load_world(folder):
     """The training problems of a world and what its base model says of them: Scores, and the
     signals of extras/probe.py."""
@@ -200,10 +199,9 @@ evaluate, score_prompts = gainrl.evaluate, gainrl.score_prompts
 
 
 def most_useful(advantages):
-    """The indices of the most useful sixth of the groups (one of SURPLUS): those whose accuracy is
-    nearest to one half. Groups whose rewards are all equal come last. `dynamic` trains on them. It
-    is an oracle, because a curriculum must choose before the completions are sampled. advantages:
-    (groups, G)."""
+    """The indices of the most useful sixth (1 / SURPLUS) of the groups, on which `dynamic` trains:
+    those whose accuracy is nearest to one half. Flat groups come last. It is an oracle, because a
+    curriculum must choose before the completions are sampled. advantages: (groups, G)."""
     accuracy = (advantages > 0).double().mean(1)  # 0 if all rewards are equal
     return (accuracy - 0.5).abs().argsort(stable=True)[: len(advantages) // SURPLUS]
 
@@ -221,15 +219,14 @@ Run = namedtuple("Run", "setting arm rate base seed")
 
 
 class Store:
-    """A compressed file with a line for each base model and each run.
-
-    .bases: (world, base) -> what measure_base() returns. .runs: Run -> what train_once() returns.
-    """
+    """A compressed file with a line for each base model and each run. .bases: (world, base) -> what
+    measure_base() returns. .runs: Run -> what train_once() returns."""
 
     def __init__(self, path):
         self.path, self.bases, self.runs = path, {}, {}
-        if path.exists():
-            for line in lzma.decompress(path.read_bytes()).decode().splitlines():
+        with gainrl.explain(f"cannot read {path}"):
+            text = lzma.decompress(path.read_bytes()).decode() if path.exists() else ""
+            for line in text.splitlines():
                 row = json.loads(line)
                 if "model" in row:
                     self.bases[row.pop("world"), row.pop("base")] = row
@@ -489,11 +486,6 @@ def log_error(uniform_steps, arm_steps, uniform_useful, arm_useful, power=0.5):
     return (measured - predicted_logs(uniform_steps, uniform_useful, arm_useful, power)).mean(-1)
 
 
-def relative_error(*columns):
-    """Measured / predicted speed-up."""
-    return log_error(*columns).exp()
-
-
 def rule_columns(measures, setting, arm):
     uniform, ours = measures[setting, "uniform"], measures[setting, arm]
     return uniform.steps, ours.steps, uniform.useful, ours.useful
@@ -569,9 +561,9 @@ def bound_table(measures, settings):
         steps, _, _, useful = measures[setting, "uniform"]
         p, low, high = bootstrap(mean_of_all, useful[..., :4].mean(-1))
         bound = bootstrap(largest_speedup, steps, useful, draws=2000)
-        at_start = with_interval(p**-0.5, high**-0.5, low**-0.5)
-        rows.append([describe(setting), with_interval(p, low, high), at_start])
-        rows[-1].append(with_interval(*bound))
+        at_start = torch.tensor([p, high, low]).rsqrt().tolist()
+        cells = [with_interval(*values) for values in ((p, low, high), at_start, bound)]
+        rows.append([describe(setting), *cells])
     return rows
 
 
@@ -620,8 +612,7 @@ def base_table(store, measures, settings):
 
 def chance_table(measures, settings):
     """The share of ordered pairs of `uniform` runs with a speed-up of at least 2 and 2.5."""
-    heads = ["uniform runs against each other", "pairs", "2 times as fast", "2.5 times as fast"]
-    rows = [heads]
+    rows = [["uniform against itself", "pairs", "2 times as fast", "2.5 times as fast"]]
     for setting in settings:
         accuracy, speedups = measures[setting, "uniform"].accuracy, []
         for curves in accuracy:
@@ -750,7 +741,8 @@ def study_curricula(settings, size, path, folder, figures, rerun):
 
     def agreement(setting, arm):
         columns = rule_columns(measures, setting, arm)
-        return with_interval(*bootstrap(relative_error, *columns, draws=2000))
+        errors = bootstrap(log_error, *columns, draws=2000)
+        return with_interval(*[math.exp(error) for error in errors])
 
     print_table("Speed-ups", grid("speed-up over uniform", settings, speedup_over_uniform))
     for setting in settings:
