@@ -444,9 +444,11 @@ def mean_of_all(values):
 
 
 # --- The rule: equal sums of sqrt(p) --------------------------------------------------------------
-# p is the share of useful groups in a batch, averaged over the seeds of a base model. The rule says
-# that two arms are equally far when their sums of p**power over the updates are equal, with power
-# 1/2. Two rivals: with power 0 the number of updates counts, and with power 1 the useful groups.
+# p is the share of useful groups in a batch, averaged over the seeds of a base model and over WINDOW
+# batches, because the root of a noisy share is too small on average. The rule says that two arms
+# are equally far when their sums of p**power over the updates are equal, with power 1/2. Two
+# rivals: with power 0 the number of updates counts, and with power 1 the useful groups.
+WINDOW = 4
 POWERS = {"sum of sqrt(p)": 0.5, "sum of p": 1.0, "number of updates": 0.0}
 
 
@@ -457,8 +459,9 @@ def predicted_logs(uniform_steps, uniform_useful, arm_useful, power=0.5):
     uniform_steps: (..., bases, seeds). uniform_useful, arm_useful: (..., bases, seeds, updates)."""
     steps = uniform_steps.mean(-1, keepdim=True)
     uniform_sums, arm_sums = (
-        torch.nn.functional.pad(useful.mean(-2).pow(power).cumsum(-1), (1, 0))
+        torch.nn.functional.pad(p.repeat_interleave(WINDOW, -1).pow(power).cumsum(-1), (1, 0))
         for useful in (uniform_useful, arm_useful)
+        for p in [useful.mean(-2).unflatten(-1, (-1, WINDOW)).mean(-1)]
     )
     last = uniform_sums.shape[-1] - 1
     before = steps.floor().clamp(max=last - 1).long()
@@ -555,11 +558,11 @@ def arm_table(setting, measures, rates):
 
 
 def bound_table(measures, settings):
-    """The share of useful groups in the first four batches of `uniform`, and the bound."""
+    """The share of useful groups in the first WINDOW batches of `uniform`, and the bound."""
     rows = [["setting", "p at the start", "1/sqrt(p)", "bound until the target"]]
     for setting in settings:
         steps, _, _, useful = measures[setting, "uniform"]
-        p, low, high = bootstrap(mean_of_all, useful[..., :4].mean(-1))
+        p, low, high = bootstrap(mean_of_all, useful[..., :WINDOW].mean(-1))
         bound = bootstrap(largest_speedup, steps, useful, draws=2000)
         at_start = torch.tensor([p, high, low]).rsqrt().tolist()
         cells = [with_interval(*values) for values in ((p, low, high), at_start, bound)]
