@@ -25,28 +25,10 @@ from tqdm import tqdm
 import gainrl
 
 # --- Signals --------------------------------------------------------------------------------------
-# What one forward pass over a prompt gives. hidden: (T, D), after the final norm. logprobs: (T, V),
-# of the next token. prompt: a gainrl.Prompt, whose question has the tokens start to end.
-ForwardPass = namedtuple("ForwardPass", "hidden logprobs prompt")
-
-
-def concentration(view):
-    return sum(intra_and_inter(view))
-
-
-def intra_concentration(view):
-    return intra_and_inter(view)[0]
-
-
-def inter_concentration(view):
-    return intra_and_inter(view)[1]
-
-
-def intra_and_inter(view):
-    hidden = view.hidden[None, : view.prompt.end]
-    is_prefix = torch.arange(view.prompt.end, device=hidden.device)[None] < view.prompt.start
-    intra, inter = gainrl.angle_concentration(hidden, is_prefix, ~is_prefix)
-    return intra.item(), inter.item()
+# What one forward pass over a prompt gives. intra, inter: C_intra, C_inter. hidden: (T, D), after
+# the final norm. logprobs: (T, V), of the next token. prompt: a gainrl.Prompt, whose question has
+# the tokens start to end.
+ForwardPass = namedtuple("ForwardPass", "intra inter hidden logprobs prompt")
 
 
 def shortness(view):
@@ -68,9 +50,9 @@ def entropy(view):
 
 # A curriculum starts with the questions of the highest signal. To add one, write a function.
 SIGNALS = {
-    "C": concentration,
-    "C_intra": intra_concentration,
-    "C_inter": inter_concentration,
+    "C": lambda view: view.intra + view.inter,
+    "C_intra": lambda view: view.intra,
+    "C_inter": lambda view: view.inter,
     "length, shortest first": shortness,
     "perplexity, lowest first": predictability,
     "entropy": entropy,
@@ -86,7 +68,10 @@ def measure_signals(model, prompts):
         with gainrl.mixed_precision(model.device):
             hidden, _ = gainrl.run_backbone(model, ids)
             logits = model.get_output_embeddings()(hidden)[0].float()
-        view = ForwardPass(hidden[0], F.log_softmax(logits, dim=-1), prompt)
+        is_prefix = torch.arange(prompt.end, device=model.device)[None] < prompt.start
+        intra, inter = gainrl.angle_concentration(hidden[:, : prompt.end], is_prefix, ~is_prefix)
+        logprobs = F.log_softmax(logits, dim=-1)
+        view = ForwardPass(intra.item(), inter.item(), hidden[0], logprobs, prompt)
         rows.append([signal(view) for signal in SIGNALS.values()])
     return dict(zip(SIGNALS, torch.tensor(rows, dtype=torch.float64).unbind(1)))
 
@@ -111,15 +96,24 @@ def sample_rewards(model, tokenizer, problems, config):
 # --- Statistics -----------------------------------------------------------------------------------
 
 
+def mid_ranks(values):
+    """The ranks over the last dimension, from 0.5; ties share their mean rank. float64 (..., N)."""
+    values = values.contiguous()
+    ordered = values.sort(-1).values
+    below, up_to = (torch.searchsorted(ordered, values, right=end) for end in (False, True))
+    return (below + up_to).double() / 2
+
+
+def interval(drawn):
+    """(low, high): the 95% percentile interval of bootstrap draws. NaN draws are left out."""
+    return drawn.double().nanquantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+
+
 def auc(signal, useful):
     """The probability that a useful group has a higher signal than another one; ties count half.
     signal: (..., N), useful: bool (..., N). NaN if all groups are useful or none is."""
-    signal = signal.contiguous()
-    ordered = signal.sort(-1).values
-    below = torch.searchsorted(ordered, signal)
-    ranks = (below + torch.searchsorted(ordered, signal, right=True)).double() / 2
     n_useful = useful.sum(-1)
-    wins = (ranks * useful).sum(-1) - n_useful.double().square() / 2
+    wins = (mid_ranks(signal) * useful).sum(-1) - n_useful.double().square() / 2
     return wins / (n_useful * (useful.shape[-1] - n_useful))
 
 
@@ -137,8 +131,7 @@ def with_interval(statistic, signal, useful, draws=2000):
     """The statistic and its 95% bootstrap interval over questions, as text."""
     generator = torch.Generator().manual_seed(0)
     rows = torch.randint(len(signal), (draws, len(signal)), generator=generator)
-    drawn = statistic(signal[rows], useful[rows])
-    low, high = drawn.nanquantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    low, high = interval(statistic(signal[rows], useful[rows]))
     return f"{statistic(signal, useful).item():.2f} [{low:.2f}, {high:.2f}]"
 
 
@@ -175,8 +168,8 @@ def conclude(n_useful, n_groups):
     """The closing sentence."""
     if n_useful == 0:
         return (
-            f"0 of {n_groups} groups are useful: nothing to learn here yet. Try easier questions, a "
-            "better model or more completions per group."
+            f"0 of {n_groups} groups are useful: nothing to learn here yet. Try easier questions, "
+            "a better model or more completions per group."
         )
     p = n_useful / n_groups
     return f"p = {p:.2f}: no choice of questions can gain more than {p**-0.5:.2f} times."

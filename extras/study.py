@@ -47,7 +47,7 @@ from tqdm import tqdm
 
 import gainrl
 from extras.bench import describe_machine, read_jsonl
-from extras.probe import measure_signals
+from extras.probe import interval, measure_signals, mid_ranks
 from extras.tiny_world import make_tiny_world
 
 FIGURES = Path(__file__).parent / "figures"
@@ -111,7 +111,7 @@ def order_scores(arm, scores, world):
     if arm == "angle-unbiased":
         return scores._replace(concentration=unbiased_concentration(scores))
     if arm == "entropy":
-        return scores._replace(concentration=load_world(world).signals["entropy"])
+        return scores._replace(concentration=load_entropies(world))
     return scores
 
 
@@ -124,17 +124,23 @@ def unbiased_concentration(scores):
 
 
 # --- One run --------------------------------------------------------------------------------------
-World = namedtuple("World", "problems scores signals")
+World = namedtuple("World", "model problems scores")
 
 
 @cache
 def load_world(folder):
-    """The training problems of a world and what its base model says of them: Scores, and the
-    signals of extras/probe.py."""
+    """The base model of a world, its training problems and their Scores."""
     model, tokenizer = gainrl.load_model(str(folder), "cpu")
     problems = gainrl.load_problems(tokenizer, str(folder), "train", longest=400)
     prompts = [problem["prompt"] for problem in problems]
-    return World(problems, score_prompts(model, prompts), measure_signals(model, prompts))
+    return World(model, problems, score_prompts(model, prompts))
+
+
+@cache
+def load_entropies(folder):
+    """The signal `entropy` of extras/probe.py for the training problems of a world, (N,)."""
+    model, problems, _ = load_world(folder)
+    return measure_signals(model, [problem["prompt"] for problem in problems])["entropy"]
 
 
 def train_once(world, setting, arm, rate, seed, eval_examples):
@@ -266,7 +272,7 @@ def measure_base(folder, options):
     of C and the steps of the solution, of C without the i = j pairs and the steps, and of length
     and the steps."""
     make_tiny_world(folder, **options)
-    problems, scores, _ = load_world(folder)
+    _, problems, scores = load_world(folder)
     steps = torch.tensor([float(count_steps(problem["answer"])) for problem in problems])
     pairs = (
         (scores.concentration, scores.tokens),
@@ -311,7 +317,7 @@ def quietly(call):
         return call()
 
 
-# --- The plan, in two rounds: first to choose the learning rates, then to report -------------------
+# --- The plan, in two rounds: first to choose the learning rates, then to report ------------------
 
 
 def plan_tuning(settings, size):
@@ -359,11 +365,10 @@ def measure_all(store, rates, size):
     `uniform` has at the end, on average over seeds."""
     measures = {}
     for setting, arm in rates:  # `uniform` is the first arm
-        seeds = complete_seeds(store, setting, rates, size)
-        runs = [
-            [store.runs[Run(setting, arm, rates[setting, arm], base, seed)] for seed in seeds]
-            for base in range(size.bases)
-        ]
+        if arm == "uniform":
+            seeds = complete_seeds(store, setting, rates, size)
+        key = setting, arm, rates[setting, arm]
+        runs = [[store.runs[Run(*key, base, k)] for k in seeds] for base in range(size.bases)]
         correct = [[run["correct"] for run in row] for row in runs]
         accuracy = torch.tensor(correct).double() / size.eval_examples
         useful = torch.tensor([[run["useful"] for run in row] for row in runs]).double()
@@ -422,9 +427,7 @@ def resample(statistic, *columns, draws):
 
 def bootstrap(statistic, *columns, draws=10_000):
     """(value, low, high): the statistic of the columns with its 95% percentile interval."""
-    drawn = resample(statistic, *columns, draws=draws)
-    low, high = drawn.nanquantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return statistic(*columns).item(), low, high
+    return statistic(*columns).item(), *interval(resample(statistic, *columns, draws=draws))
 
 
 def log_speedups(slow_steps, fast_steps):
@@ -444,7 +447,7 @@ def mean_of_all(values):
 
 
 # --- The rule: equal sums of sqrt(p) --------------------------------------------------------------
-# p is the share of useful groups in a batch, averaged over the seeds of a base model and over WINDOW
+# p is the share of useful groups in a batch, averaged over the seeds of a base model and WINDOW
 # batches, because the root of a noisy share is too small on average. The rule says that two arms
 # are equally far when their sums of p**power over the updates are equal, with power 1/2. Two
 # rivals: with power 0 the number of updates counts, and with power 1 the useful groups.
@@ -582,7 +585,7 @@ def error_table(measures, settings):
             columns = rule_columns(measures, *key)
             error = statistic(*columns).item()
             drawn = resample(statistic, *columns, draws=2000)
-            low, high = drawn.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+            low, high = interval(drawn)
             errors.append(abs(error))
             noises.append((drawn - error).abs().mean().item())
             n_off += low > 0 or high < 0
@@ -652,7 +655,7 @@ def draw_panels(path, settings, title, n_columns, draw):
     plt = pyplot()
     n_rows = math.ceil(len(settings) / 3)
     shape = {"figsize": (12, 0.9 + 3.3 * n_rows), "layout": "constrained", "squeeze": False}
-    figure, axes = plt.subplots(n_rows, 3, sharex="none", sharey=True, **shape)
+    figure, axes = plt.subplots(n_rows, 3, sharey=True, **shape)
     for axis in axes.flat[len(settings) :]:
         axis.set_axis_off()
     for axis, setting in zip(axes.flat, settings):
@@ -898,12 +901,8 @@ def rank_correlation(x, y, given=None):
 
 def spearman(x, y):
     """gainrl.spearman over the last dimension: (..., n) each, to (...)."""
-    centered = []
-    for values in (x, y):
-        ordered = values.sort(-1).values
-        below, up_to = (torch.searchsorted(ordered, values, right=end) for end in (False, True))
-        ranks = below + up_to
-        centered.append(ranks - ranks.double().mean(-1, keepdim=True))
+    ranks = [mid_ranks(values) for values in (x, y)]
+    centered = [values - values.mean(-1, keepdim=True) for values in ranks]
     return torch.cosine_similarity(*centered, dim=-1)
 
 

@@ -817,11 +817,9 @@ def test_steps_to_a_target(target, expected):
 
 
 def test_chance_speedups_by_hand():
-    """The slow run never reaches the last accuracy of the fast one."""
+    """The slow run never reaches the last accuracy of the fast one. 1.8 and 7.2 steps to 0.36."""
     fast, slow = ([0, 4, 8], [0.0, 0.8, 0.8]), ([0, 4, 8], [0.0, 0.2, 0.4])
-    assert study.chance_speedups([fast, slow]) == pytest.approx(
-        [4.0, 0.0]
-    )  # 1.8 and 7.2 steps to 0.36
+    assert study.chance_speedups([fast, slow]) == pytest.approx([4.0, 0.0])
 
 
 # --- study.py: arms, runs, tables and figures -----------------------------------------------------
@@ -848,8 +846,8 @@ def test_the_orders_that_the_study_adds(monkeypatch):
         pairs = [u[i] @ u[j] for i, j in itertools.permutations(range(k), 2)]
         expected = sum(pairs) / max(len(pairs), 1) + inter[row]
         assert unbiased[row].item() == pytest.approx(expected.item(), abs=1e-6)
-    world = study.World([], scores, {"entropy": torch.tensor([0.5, 0.1, 0.9])})
-    monkeypatch.setattr(study, "load_world", {"folder": world}.get)
+    entropies = {"folder": torch.tensor([0.5, 0.1, 0.9])}
+    monkeypatch.setattr(study, "load_entropies", entropies.get)
     by_entropy = study.order_scores("entropy", scores, "folder")
     assert by_entropy.concentration.tolist() == pytest.approx([0.5, 0.1, 0.9])
     assert study.order_scores("length", scores, "folder") == scores
@@ -923,7 +921,7 @@ class NoPool:
     """Like a ProcessPoolExecutor, but submit() makes the call at once."""
 
     def __init__(self, *inputs):
-        self.futures = []
+        pass
 
     def __enter__(self):
         return self
