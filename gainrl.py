@@ -1027,11 +1027,11 @@ class RunFolder:
                 settings = json.loads(path.read_bytes())
                 write_json(path, {**settings, "tokenizer_class": "PreTrainedTokenizerFast"})
             accuracies = [row["eval_accuracy"] for row in metrics if "eval_accuracy" in row]
-            summary["accuracy_before"] = accuracies[0]
-            summary["accuracy_after"] = accuracies[-1]
+            summary.update(accuracy_before=accuracies[0], accuracy_after=accuracies[-1])
             useful = [row["useful_groups"] for row in metrics if "useful_groups" in row]
-            summary["useful_groups"] = sum(useful) / len(useful)
-            tqdm.write(f"share of useful groups: {summary['useful_groups']:.2f}")
+            p = summary["useful_groups"] = sum(useful) / len(useful)
+            bound = torch.tensor(p).rsqrt()
+            tqdm.write(f"share p of useful groups: {p:.2f}, bound 1/sqrt(p): {bound:.2f}")
         write_json(self.path / "summary.json", summary, indent=2)
         return summary
 

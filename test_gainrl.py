@@ -1084,12 +1084,13 @@ def test_flags_replace_the_settings_of_a_preset_and_help_names_each(monkeypatch,
         assert f"(default:{setting.default})" in described
 
 
-def test_a_short_run_on_the_tiny_world_improves(run):
-    sizes = {"steps": 10, "eval_every": 10, "eval_examples": 200}
-    gainrl.train(tiny_config(device="cpu", run_dir=str(run), **sizes))
+def test_a_short_run_on_the_tiny_world_improves(run, capsys):
+    flags = {"run_dir": str(run), "steps": 10, "eval_every": 10, "eval_examples": 200}
+    p = gainrl.train(tiny_config(device="cpu", **flags))["useful_groups"]
     before, after = read_log(run, "eval_accuracy")
     assert after["eval_low"] > before["eval_high"]
     assert read_json(run / "config.json")["model"] == gainrl.TINY_WORLD  # so a clone can be moved
+    assert f"groups: {p:.2f}, bound 1/sqrt(p): {p**-0.5:.2f}\n" in capsys.readouterr().out
 
 
 def test_the_files_of_a_run_agree_with_each_other(whole_run, small_run):
@@ -1406,7 +1407,6 @@ def test_out_of_memory_and_a_nan_loss_give_one_line(copied_run, monkeypatch, cap
         ("--curriculum best", "best"),
         ("--max-new-tokens 500", "--max-new-tokens"),
         ("--lr much", "--lr"),
-        ("--no-such-flag 1", "--no-such-flag"),
         ("--temp 1", "--temp"),  # no abbreviations
         ("--seed 18446744073709551616", "--seed 18446744073709551616"),
         ("--device abacus", "--device abacus"),
