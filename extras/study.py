@@ -450,6 +450,12 @@ def speedup(slow_steps, fast_steps):
     return log_speedups(slow_steps, fast_steps).mean(-1).exp()
 
 
+def mean_speedup(*steps):
+    """The geometric mean over settings: first the slow arm's steps in each, then the fast arm's."""
+    slow, fast = steps[: len(steps) // 2], steps[len(steps) // 2 :]
+    return torch.stack([speedup(*pair) for pair in zip(slow, fast)]).log().mean(0).exp()
+
+
 def mean_of_all(values):
     """(..., bases, seeds) -> (...)."""
     return values.mean((-1, -2))
@@ -565,6 +571,20 @@ def grid(title, settings, cell, arms=ARMS[1:]):
     """A table with the text cell(setting, arm)."""
     rows = [[describe(setting), *[cell(setting, arm) for arm in arms]] for setting in settings]
     return [[title, *arms], *rows]
+
+
+def mean_rows(measures, settings):
+    """The mean speed-ups of each arm over three others, from the seeds that all settings have."""
+    n_seeds = min(measures[setting, "uniform"].steps.shape[1] for setting in settings)
+
+    def mean_over(other, arm):
+        steps = [measures[setting, name].steps for name in (other, arm) for setting in settings]
+        return with_interval(*bootstrap(mean_speedup, *[values[:, :n_seeds] for values in steps]))
+
+    others = ("uniform", "shuffled", "length")
+    return [
+        [f"mean, over {other}", *[mean_over(other, arm) for arm in ARMS[1:]]] for other in others
+    ]
 
 
 def arm_table(setting, measures, rates):
@@ -770,7 +790,8 @@ def study_curricula(settings, size, path, folder, figures, rerun):
         errors = bootstrap(log_error, *columns, draws=2000)
         return with_interval(*[math.exp(error) for error in errors])
 
-    print_table("Speed-ups", grid("speed-up over uniform", settings, speedup_over_uniform))
+    rows = grid("speed-up over uniform", settings, speedup_over_uniform)
+    print_table("Speed-ups", rows + mean_rows(measures, settings))
     for setting in settings:
         print_table(describe(setting), arm_table(setting, measures, rates))
     print_table("The bound", bound_table(measures, settings))

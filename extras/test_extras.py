@@ -729,6 +729,8 @@ def test_speedups_by_hand():
     dynamic = torch.tensor([[0.0, 0.0], [2.5, 2.5]]).double()
     assert study.speedup(uniform, arm).item() == pytest.approx(math.sqrt(2 * 0.25))
     assert study.speedup(uniform, dynamic).item() == pytest.approx(math.sqrt(20 * 2))  # 0 as 1
+    mean = study.mean_speedup(uniform, uniform, arm, dynamic).item()
+    assert mean == pytest.approx((0.5 * 40) ** 0.25)
 
 
 def test_the_rule_by_hand():
@@ -993,6 +995,11 @@ def test_the_study_of_made_up_runs(tmp_path, monkeypatch, capsys):
     expected = math.expm1(sum(errors) / 6)
     assert f"| every arm gains 1.1 | {expected:.0%} | 0% | 12 of 12 |" in printed
     assert "| opened, batches of 4 | 12 | 0% | 0% |" in printed
+    # Both settings have the same runs, so their mean speed-ups are those of each.
+    means = [line for line in printed.splitlines() if line.startswith("| mean, over")]
+    ratios = [[value / n for value in (2, 2, 3, 2, 2, 3.5625)] for n in (1, 2, 2)]
+    found = [re.findall(r"\| (\d\.\d\d) \[", line) for line in means]
+    assert found == [[f"{ratio:.2f}" for ratio in row] for row in ratios]
     for name in ("curricula.png", "rule.png"):
         assert (tmp_path / name).read_bytes()[1:4] == b"PNG"
 
