@@ -10,7 +10,8 @@ over uniform draws that this allows at the start of a run. Nothing is trained or
 
 The rule behind it: two runs are equally far when their sums of sqrt(p) over the updates are equal.
 So a batch in which a share q of the groups is useful counts sqrt(q / p) times as much as a random
-one, and at most 1 / sqrt(p) times. extras/STUDY.md derives and tests this."""
+one, and at most 1 / sqrt(p) times. extras/STUDY.md derives this, tests it, and says where it fails:
+it takes all useful groups for equally good, and an oracle that picked the best ones gained more."""
 
 import argparse
 import sys
@@ -172,7 +173,8 @@ def conclude(n_useful, n_groups):
             "a better model or more completions per group."
         )
     p = n_useful / n_groups
-    return f"p = {p:.2f}: no choice of questions can gain more than {p**-0.5:.2f} times."
+    bound = f"no choice of questions can gain more than {p**-0.5:.2f} times"
+    return f"p = {p:.2f}: if useful groups are equally good, {bound}."
 
 
 def main(argv=None):
