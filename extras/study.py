@@ -73,8 +73,8 @@ SETTINGS = (
 QUICK_SETTINGS = (Setting("scarcest", 4, 4, 1), Setting("opened", 4, 4, 1))
 SURPLUS = 6  # `dynamic` samples 6 times as many questions as it trains on
 ARMS = ("uniform", "shuffled", "length", "angle", "angle-unbiased", "entropy", "dynamic")
-# In the first setting only. Two average the loss over the tokens of useful groups. One trains on the
-# first useful groups instead of the most useful ones.
+# In the first setting only. Two average the loss over the tokens of useful groups. The third takes
+# the first useful groups instead of the most useful ones.
 VARIANTS = ("uniform, useful tokens", "angle, useful tokens", "dynamic, any useful")
 RATES = (2e-4, 4e-4)  # at 1e-4 no arm gains much, and 8e-4 collapses
 TUNED_AS = {  # arms that use another arm's learning rate
@@ -574,14 +574,14 @@ def grid(title, settings, cell, arms=ARMS[1:]):
 
 
 def mean_rows(measures, settings):
-    """The mean speed-ups of each arm over three others, from the seeds that all settings have."""
+    """The mean speed-ups of each arm over others, from the seeds that all settings have."""
     n_seeds = min(measures[setting, "uniform"].steps.shape[1] for setting in settings)
 
     def mean_over(other, arm):
         steps = [measures[setting, name].steps for name in (other, arm) for setting in settings]
         return with_interval(*bootstrap(mean_speedup, *[values[:, :n_seeds] for values in steps]))
 
-    others = ("uniform", "shuffled", "length")
+    others = ("uniform", "shuffled", "length", "angle")
     return [
         [f"mean, over {other}", *[mean_over(other, arm) for arm in ARMS[1:]]] for other in others
     ]
@@ -617,7 +617,7 @@ def bound_table(measures, settings):
 def error_table(measures, settings):
     """The mean error of the rule and of its rivals over all arms and settings, and what chance
     alone would give: the mean distance of the resampled errors from the error itself."""
-    rows = [["prediction", "mean error", "chance alone", "intervals without 1"]]
+    rows = [["prediction", "mean error", "chance alone", "without dynamic", "intervals without 1"]]
     keys = list(itertools.product(settings, ARMS[1:]))
     for name, statistic in PREDICTIONS.items():
         errors, noises, n_off = [], [], 0
@@ -629,7 +629,8 @@ def error_table(measures, settings):
             errors.append(abs(error))
             noises.append((drawn - error).abs().mean().item())
             n_off += low > 0 or high < 0
-        cells = [f"{math.expm1(statistics.mean(values)):.0%}" for values in (errors, noises)]
+        usable = [error for error, (_, arm) in zip(errors, keys) if arm != "dynamic"]
+        cells = [f"{math.expm1(statistics.mean(x)):.0%}" for x in (errors, noises, usable)]
         rows.append([name, *cells, f"{n_off} of {len(keys)}"])
     return rows
 
@@ -717,12 +718,13 @@ def draw_curves(path, settings, measures):
             steps = range(0, setting.steps + 1, setting.eval_every)
             color, line, _ = STYLES[arm]
             axis.plot(steps, means, line, color=color, label=arm)
-            axis.fill_between(steps, lows, highs, color=color, alpha=0.12, linewidth=0)
+            if arm in ("uniform", "angle"):
+                axis.fill_between(steps, lows, highs, color=color, alpha=0.15, linewidth=0)
         n_bases, n_seeds = accuracy.shape[:2]
         axis.set(title=f"{describe(setting)}: {n_bases} x {n_seeds} runs", xlabel="updates")
         axis.set(ylabel="greedy accuracy", ylim=(0, 1))
 
-    title = "mean over base models and seeds, and its 95% bootstrap interval"
+    title = "mean over base models and seeds; bands: 95% bootstrap intervals of uniform and angle"
     draw_panels(path, settings, title, len(ARMS), draw)
 
 
@@ -732,8 +734,8 @@ def draw_rule(path, settings, measures):
     def draw(axis, setting):
         uniform = measures[setting, "uniform"]
         bound = largest_speedup(uniform.steps, uniform.useful).item()
-        axis.plot([0.4, 5], [0.4, 5], color="black", linewidth=0.8, label="measured = predicted")
-        axis.axvline(bound, color="black", linewidth=0.8, linestyle=":", label="bound: all useful")
+        axis.plot([0.4, 6], [0.4, 6], color="black", linewidth=0.8, label="measured = predicted")
+        axis.axvline(bound, color="black", linewidth=0.8, linestyle=":", label="1/sqrt(p)")
         axis.axhline(bound, color="black", linewidth=0.8, linestyle=":")
         for arm in ARMS[1:]:
             u_steps, steps, u_useful, useful = rule_columns(measures, setting, arm)
@@ -745,7 +747,7 @@ def draw_rule(path, settings, measures):
             axis.plot(x, y, marker, color=color, label=arm)
         axis.set(title=describe(setting), xlabel="predicted from useful groups")
         axis.set(ylabel="measured speed-up", xscale="log", yscale="log")
-        axis.set(xlim=(0.45, 4), ylim=(0.45, 4))
+        axis.set(xlim=(0.45, 5), ylim=(0.45, 5))
         ticks = [0.5, 0.7, 1, 1.5, 2, 3]
         axis.set_xticks(ticks, ticks)
         axis.set_yticks(ticks, ticks)
