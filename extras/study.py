@@ -581,7 +581,7 @@ def mean_rows(measures, settings):
         steps = [measures[setting, name].steps for name in (other, arm) for setting in settings]
         return with_interval(*bootstrap(mean_speedup, *[values[:, :n_seeds] for values in steps]))
 
-    others = ("uniform", "shuffled", "length", "angle")
+    others = ("uniform", "shuffled", "angle")
     return [
         [f"mean, over {other}", *[mean_over(other, arm) for arm in ARMS[1:]]] for other in others
     ]
