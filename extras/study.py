@@ -9,8 +9,7 @@
 `curricula` reads extras/runs.jsonl.xz, which has a line for each run. With --rerun it trains the
 tiny model with every arm that the file lacks, in worlds where few groups are useful or length is no
 guide, on several base models and with several seeds. All runs take three hours on two CPU cores. A
-stop loses a few minutes: the same command continues. STUDY.md explains the tables. --quick proves
-nothing, it only shows that everything works."""
+stop loses a few minutes: the same command continues. STUDY.md explains the tables."""
 
 import argparse
 import dataclasses
@@ -20,7 +19,6 @@ import itertools
 import json
 import lzma
 import math
-import multiprocessing
 import os
 import statistics
 import sys
@@ -29,17 +27,9 @@ from collections import namedtuple
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import redirect_stderr, redirect_stdout
 from functools import cache, partial
+from multiprocessing import get_context
 from pathlib import Path
 from unittest.mock import patch
-
-# Base models and runs should be the same on every x86 CPU, so all use the same instructions. These
-# must be set before torch is imported.
-os.environ.setdefault("ATEN_CPU_CAPABILITY", "avx2")
-os.environ.setdefault("MKL_CBWR", "AVX2")
-os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX2")
-# Let the processes of the pool keep memory that they free: a quarter faster.
-os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(2**32))
-os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", str(2**33))
 
 import torch
 import transformers
@@ -50,6 +40,15 @@ from extras.bench import describe_machine, read_jsonl
 from extras.probe import interval, measure_signals, mid_ranks
 from extras.tiny_world import make_tiny_world
 
+# The environment of the processes that train. Base models and runs should be the same on every x86
+# CPU, so all use the same instructions. Keeping freed memory makes a run a quarter faster.
+ENVIRONMENT = {
+    "ATEN_CPU_CAPABILITY": "avx2",
+    "MKL_CBWR": "AVX2",
+    "ONEDNN_MAX_CPU_ISA": "AVX2",
+    "MALLOC_MMAP_THRESHOLD_": str(2**32),
+    "MALLOC_TRIM_THRESHOLD_": str(2**33),
+}
 FIGURES = Path(__file__).parent / "figures"
 STORE = Path(__file__).parent / "runs.jsonl.xz"
 
@@ -765,7 +764,8 @@ def study_curricula(settings, size, path, folder, figures, rerun):
     figures. `folder` is for the worlds."""
     store = Store(path)
     if rerun:
-        with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
+        environment = patch.dict(os.environ, ENVIRONMENT)
+        with environment, ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
             make_bases(store, pool, folder, settings, size)
             make_runs(store, pool, folder, plan_tuning(settings, size), size)
             rates = choose_rates(store, settings, size)

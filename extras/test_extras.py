@@ -928,8 +928,8 @@ def test_the_measures_of_a_base_model(world):
 class NoPool:
     """Like a ProcessPoolExecutor, but submit() makes the call at once."""
 
-    def __init__(self, *inputs):
-        pass
+    def __init__(self, mp_context):
+        assert os.environ["ATEN_CPU_CAPABILITY"] == "avx2"  # in the processes that train
 
     def __enter__(self):
         return self
@@ -954,7 +954,7 @@ def made_up_run(world, setting, arm, rate, seed, eval_examples):
 
 
 def test_the_study_of_made_up_runs(tmp_path, monkeypatch, capsys):
-    n_made = []
+    n_made, environment = [], dict(os.environ)
 
     def make_run(*inputs):
         n_made.append(inputs)
@@ -1001,6 +1001,7 @@ def test_the_study_of_made_up_runs(tmp_path, monkeypatch, capsys):
     ratios = [[value / n for value in (2, 2, 3, 2, 2, 3.5625)] for n in (1, 2, 3)]
     found = [re.findall(r"\| (\d\.\d\d) \[", line) for line in means]
     assert found == [[f"{ratio:.2f}" for ratio in row] for row in ratios]
+    assert os.environ == environment  # other processes round as before
     for name in ("curricula.png", "rule.png"):
         assert (tmp_path / name).read_bytes()[1:4] == b"PNG"
 
