@@ -1,9 +1,8 @@
 """GAIN-RL in one file: GRPO that chooses its questions by the angles between token vectors.
 
-GRPO fine-tunes a language model by reinforcement learning: it samples a group of completions for
-each question and makes the correct ones more likely. A group teaches something only if its rewards
-differ. GAIN-RL ("Angles Don't Lie", arXiv 2506.02281, NeurIPS 2025) chooses the questions with a
-signal read from the model itself:
+GRPO samples a group of completions for each question and makes the correct ones more likely. A
+group teaches something only if its rewards differ. GAIN-RL ("Angles Don't Lie", arXiv 2506.02281,
+NeurIPS 2025) chooses the questions with a signal read from the model itself:
 
     1. Score   each question by its angle concentration C = C_intra + C_inter. C_intra is the mean
                cosine between the hidden states of the question's tokens. C_inter is the mean cosine
@@ -20,33 +19,38 @@ signal read from the model itself:
 With the defaults, at C = 0.85 and accuracy 1/3, mu reaches the last rank after 25 of 200 batches
 (in the authors' runs, about 16 of 200). All later batches stay around the lowest C.
 
-Why C? The paper says that aligned token vectors predict large gradients. That is a claim, not a
-fact. Section 5 below says what is exact, and extras/STUDY.md tests the rest.
+The paper claims that aligned token vectors predict large gradients. Section 5 says what of this is
+exact, and extras/STUDY.md tests the rest.
 
     python gainrl.py                             Qwen2.5-0.5B on GSM8K; without a GPU, a tiny model
+    python gainrl.py --preset arithmetic         SmolLM2-135M on sums, in minutes on a CPU
     python gainrl.py --curriculum uniform        the baseline: plain GRPO on random questions
-    python gainrl.py --resume runs/tiny-angle-0  continue after any kind of stop
+    python gainrl.py --resume runs/tiny-angle-0  continue a run that was stopped
 
-    symbol        meaning                            in the code      typical (gsm8k)
-    N             training questions                 len(problems)    7473
-    P, G          questions, completions of each     prompts_per_step, group_size: 32, 8
-    C             angle concentration of a question  concentration    0.85 (SmolLM2-135M)
-    mu, sigma     mean and width of the Gaussian     mean, sigma      0 to N - 1, 1000 ranks
-    n             unit of its moves                  curriculum_step  500 ranks
-    beta          accuracy that adds no move         target_accuracy  0.5
-    alpha, gamma  weights of accuracy and C          alpha, gamma     2, 2
-    A             advantage of a completion          advantages       -2.5 to 2.5
-    epsilon       clip range of the ratio            clip_eps         0.2
+    symbol        meaning                            in the code         value (gsm8k preset)
+    N             training questions                 len(problems)       7473
+    P             questions in a batch               prompts_per_step    32
+    G             completions of each question       group_size          8
+    B             rows of a tensor; in a batch, P G  len(ids)            256
+    T             tokens in the longest prompt       prompt_length       up to about 300
+    L             most tokens in a completion        max_new_tokens      512
+    D             size of a hidden state             hidden.shape[-1]    896
+    C             angle concentration of a question  concentration       0.85 (with SmolLM2-135M)
+    mu, sigma     mean and width of the Gaussian     mean, sigma         0 to N - 1, 1000 ranks
+    n             unit of its moves                  stride              500 ranks
+    beta          accuracy that adds no move         target_accuracy     0.5
+    alpha, gamma  weights of accuracy and C          alpha, gamma        2, 2
+    A             advantage of a completion          advantages          -2.5 to 2.5
+    epsilon       clip range of the ratio            clip_eps            0.2
 
 Deliberate choices in GRPO:
 
     - Advantages are z-scores within a group, as in the GRPO paper.
     - The loss is the mean over all tokens of a batch. The GRPO paper averages each completion
       first, so the tokens of long ones weigh less.
-    - One gradient step per batch (--updates): the ratio is exactly 1 and nothing is clipped. The
+    - One optimizer update per batch (--updates): the ratio is exactly 1 and nothing is clipped. The
       loss does not measure progress: without KL and with equal lengths, it is 0.
     - AdamW without weight decay, a constant learning rate, gradient norm at most 1.
-    - The reward is 1 if a right answer can be read, else 0.
     - No dynamic sampling, overlong filter or entropy bonus.
     - One GPU trains and samples. For several, see extras/train_trl.py."""
 
@@ -55,8 +59,6 @@ Deliberate choices in GRPO:
 import argparse
 import contextlib
 import copy
-import functools
-import inspect
 import itertools
 import json
 import math
@@ -66,7 +68,8 @@ import shlex
 import sys
 import time
 from collections import namedtuple
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import KW_ONLY, asdict, dataclass, field, fields
+from decimal import Decimal
 from pathlib import Path
 from typing import Literal
 
@@ -77,50 +80,54 @@ from tqdm import tqdm
 
 # --- 2. Configuration
 
-TINY_WORLD = "extras/tiny-world"  # the shipped model and questions, found next to this file
+TINY_WORLD = "extras/tiny-world"  # shipped: a model and its questions
+ARITHMETIC = "extras/arithmetic"  # shipped: questions
+SMALL = {"steps": 40, "prompts_per_step": 8, "kl_coef": 0.0, "eval_every": 10, "eval_examples": 256}
 PRESETS = {  # overrides of the defaults below
     "gsm8k": {},
     "tiny": {
-        "preset": "tiny",  # if not given
+        **SMALL,
         "model": TINY_WORLD,
         "dataset": TINY_WORLD,
-        "steps": 40,
-        "prompts_per_step": 8,
         "max_new_tokens": 64,
         "micro_batch": 128,
         "lr": 3e-4,
-        "kl_coef": 0.0,
-        "eval_every": 10,
-        "eval_examples": 256,
-        "checkpoint_every": 1,
+    },
+    "arithmetic": {
+        **SMALL,
+        "model": "HuggingFaceTB/SmolLM2-135M-Instruct",
+        "dataset": ARITHMETIC,
+        "max_new_tokens": 24,
+        "lr": 1e-5,
     },
 }
 
 
 def setting(default, help_text):
-    return field(default=default, metadata={"help": help_text})
+    shown = "" if default is None else " (default: %(default)s)"  # argparse puts in the default
+    return field(default=default, metadata={"help": help_text + shown})
 
 
 @dataclass
 class Config:
     """All settings of a run. ValueError for numbers out of range and for contradictions."""
 
-    preset: Literal["gsm8k", "tiny"] = setting("gsm8k", "tiny if no GPU, no --model, no --dataset")
+    preset: Literal["gsm8k", "tiny", "arithmetic"] = setting("gsm8k", "tiny if there is no GPU")
     model: str = setting("Qwen/Qwen2.5-0.5B-Instruct", "hub name or folder")
     dataset: str = setting("openai/gsm8k", "hub name or folder")
     curriculum: Literal["angle", "length", "shuffled", "uniform"] = setting("angle", "see README")
-    steps: int = setting(200, "batches; 0 only scores and ranks")
+    steps: int = setting(200, "batches to train on; 0 only scores and ranks")
     prompts_per_step: int = setting(32, "P, questions per batch")
     group_size: int = setting(8, "G, completions per question")
-    updates: int = setting(1, "gradient steps per batch")
+    updates: int = setting(1, "optimizer updates per batch")
     max_new_tokens: int = setting(512, "L, tokens per completion")
     micro_batch: int = setting(32, "completions per backward pass; halved if memory runs out")
     temperature: float = setting(1.0, "of sampling; evaluation is greedy")
     lr: float = setting(1e-6, "learning rate, constant")
     clip_eps: float = setting(0.2, "epsilon of the clip")
     kl_coef: float = setting(0.001, "weight of the KL term")
-    sigma: float | None = setting(None, "width of the Gaussian, in ranks; None: 0.134 N")
-    curriculum_step: float | None = setting(None, "n, unit of its moves; None: 0.067 N")
+    sigma: float | None = setting(None, "width of the Gaussian, in ranks (default: 0.134 N)")
+    stride: float | None = setting(None, "n, unit of its moves, in ranks (default: 0.067 N)")
     target_accuracy: float = setting(0.5, "beta, the neutral accuracy")
     alpha: float = setting(2.0, "weight of accuracy in the moves")
     gamma: float = setting(2.0, "weight of C in the moves")
@@ -129,21 +136,26 @@ class Config:
     eval_every: int = setting(50, "batches between evaluations")
     eval_examples: int = setting(512, "test questions per evaluation")
     checkpoint_every: int = setting(10, "batches between checkpoints")
-    run_dir: str | None = setting(None, "new directory; None: a name in runs/")
+    run_dir: str | None = setting(None, "directory to create (default: a name in runs/)")
     resume: str | None = setting(None, "run directory to continue")
 
     def __post_init__(self):
-        lowest = {"group_size": 2, "temperature": 0.01, "lr": 1e-30, "curriculum_step": 1e-9}
-        lowest.update(steps=0, seed=0, clip_eps=0, kl_coef=0, alpha=0, gamma=0)
-        lowest.update(target_accuracy=0, sigma=1e-3)
+        lowest = {"group_size": 2, "temperature": 0.01, "lr": 1e-30, "stride": 1e-9, "sigma": 1e-3}
+        may_be_0 = ("steps", "seed", "clip_eps", "kl_coef", "target_accuracy", "alpha", "gamma")
         for name, value in vars(self).items():
-            low, high = lowest.get(name, 1), 2**31
+            low, high = lowest.get(name, 0 if name in may_be_0 else 1), 2**31
             if isinstance(value, int | float) and not low <= value <= high:  # also refuses NaN
                 raise ValueError(f"{flag(name)} {value}: must be from {low} to {high}")
         if self.model == TINY_WORLD and self.dataset != TINY_WORLD:
             raise ValueError("--dataset needs another --model: the tiny one knows only its words")
         if self.resume and self.run_dir:
             raise ValueError("--resume and --run-dir: give only one")
+        if self.run_dir and Path(self.run_dir).exists():
+            raise ValueError(f"--run-dir {self.run_dir} exists: use a new name or --resume")
+        for name in ("model", "dataset"):  # absolute, so that --resume works in any directory
+            path = getattr(self, name)
+            if path not in (TINY_WORLD, ARITHMETIC) and Path(path).is_dir():
+                setattr(self, name, os.path.abspath(path))
 
 
 def flag(name):
@@ -154,31 +166,28 @@ def flag(name):
 
 
 def train(config):
-    """Score, rank, train, evaluate; returns the summary. ValueError for bad input, OSError for a
-    failed write, FloatingPointError for divergence."""
-    run = RunFolder(config)
+    """Score, rank, train, evaluate; returns the Path of the run directory. ValueError for bad
+    input, OSError for a failed write, FloatingPointError for divergence."""
     model, tokenizer, problems, test_problems = load_task(config)
-    run.create()
     reference = copy.deepcopy(model) if config.kl_coef else None  # the weights before training
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=0.0)
     generator = torch.Generator(model.device).manual_seed(config.seed)
 
     # Score with untrained weights. A checkpoint then replaces weights, order and mean.
-    prompts = [problem["prompt"] for problem in problems]
-    scores = score_prompts(model, prompts)
+    scores = score_prompts(model, [problem["prompt"] for problem in problems])
     curriculum = make_curriculum(config, scores)
     parts = {"model": model, "optimizer": optimizer, "curriculum": curriculum}
-    first_step = run.load_checkpoint(generator, **parts)
-    run.save_scores(problems, scores, curriculum)
+    run = RunFolder(config, problems, scores, generator, parts)
 
-    for step in tqdm(range(first_step, config.steps), "training", disable=None):
-        if step % config.eval_every == 0:
-            run.record_evaluation(step, evaluate(model, tokenizer, test_problems, config))
+    if config.steps and run.steps_done == 0:
+        run.record_evaluation(0, evaluate(model, tokenizer, test_problems, config))
+    for step in tqdm(range(run.steps_done + 1, config.steps + 1), "training", disable=None):
+        began = time.perf_counter()
         # 1. Draw P questions from the Gaussian over the ranks.
         mean = curriculum.mean  # update() below moves it
         batch = [problems[index] for index in curriculum.sample()]
         prompts = [problem["prompt"] for problem in batch]
-        # 2. Sample G completions of L tokens at most: (P, T) -> (P G, T + L). Measure C again.
+        # 2. Sample G completions of each: (P, T) -> (P G, T + L). Measure C again, as it changes.
         rollout = generate(model, tokenizer, prompts, config, config.group_size, generator)
         # 3. Reward each completion and compare it with its group: (P, G).
         golds = [problem["answer"] for problem in batch for _ in range(config.group_size)]
@@ -188,22 +197,24 @@ def train(config):
         stats = grpo_update(model, reference, optimizer, rollout, advantages, config)
         # 5. Move the Gaussian by the batch's accuracy and its C, as measured in 2.
         curriculum.update(rewards.mean().item(), rollout.concentration)
-        run.record_step(step + 1, mean, batch, rollout, rewards, stats)
+        seconds = time.perf_counter() - began
+        run.record_step(step, seconds, mean, batch, rollout, rewards, stats)
+        if step % config.eval_every == 0 or step == config.steps:
+            run.record_evaluation(step, evaluate(model, tokenizer, test_problems, config))
+        if step % config.checkpoint_every == 0 or step == config.steps:
+            run.save_checkpoint(step)
 
     if config.steps:
-        run.record_evaluation(config.steps, evaluate(model, tokenizer, test_problems, config))
-    return run.finish(model, tokenizer)
+        run.finish(model, tokenizer)
+    return run.path
 
 
 # --- 4. The task: prompts, answers, reward
 # To copy this section alone, import contextlib, re, namedtuple.
 #
-# A rendered prompt with prefix and question underlined:
-#
-#   <|im_start|>system Solve ... What is 2+2? ... <|im_start|>user Ben has 6 cards. ... How many
-#   ^^^^^^^^^^^^^^^^^^^^^^^^^^^ prefix ^^^^^^^^^^^^^^^^^^^^^^^^^^^ ^^^^^^^^^ question ^^^^^^^^^^
-#   cards does Ben have now? <|im_end|> <|im_start|>assistant
-#   ^^^^^^^^^^^^^^^^^^^^^^^^
+# A rendered prompt, with its question in [brackets]:
+#   <|im_start|>system Solve ... What is 2+2? ... <|im_start|>user [Ben has 6 cards. ... How many
+#   cards does Ben have now?] <|im_end|> <|im_start|>assistant
 # In the tiny world, this question has a high C, 0.73. One with a low C, 0.46: "Cid has 18 birds. On
 # Monday Cid loses 8. On Tuesday Cid gets 4. On Wednesday Cid loses 9. On Thursday ..."
 
@@ -239,9 +250,14 @@ def encode_prompts(tokenizer, questions):
 def render_chat(tokenizer, question):
     """The chat as text, with thinking switched off. If the template rejects or drops the system
     role, the system prompt joins the first user turn."""
-    chat = build_messages(question)
+    turns = [
+        {"role": "system", "content": SYSTEM_PROMPT},
+        {"role": "user", "content": EXAMPLE_QUESTION},
+        {"role": "assistant", "content": EXAMPLE_ANSWER},
+        {"role": "user", "content": question},
+    ]
     merged = {"role": "user", "content": f"{SYSTEM_PROMPT}\n\n{EXAMPLE_QUESTION}"}
-    for messages in (chat, [merged, *chat[2:]]):
+    for messages in (turns, [merged, *turns[2:]]):
         with contextlib.suppress(Exception):  # each template rejects in its own way
             text = tokenizer.apply_chat_template(
                 messages, tokenize=False, add_generation_prompt=True, enable_thinking=False
@@ -251,25 +267,22 @@ def render_chat(tokenizer, question):
     raise ValueError(f"{tokenizer.name_or_path} has no usable chat template")
 
 
-def build_messages(question):
-    """The chat of one question."""
-    return [
-        {"role": "system", "content": SYSTEM_PROMPT},
-        {"role": "user", "content": EXAMPLE_QUESTION},
-        {"role": "assistant", "content": EXAMPLE_ANSWER},
-        {"role": "user", "content": question},
-    ]
-
-
 def reward(completion, gold):
     """1.0 if the completion's number is that of `gold`, a row's "answer"; else 0.0."""
     answer = extract_answer(completion)
     return float(answer is not None and answer == extract_answer(gold, is_gold=True))
 
 
+# Bare numbers only: 42  -8  2.50  1,000  1{,}000  $12  \$12  -$7  -\$7  30%  30\%  42.
+NUMBER = (
+    r"\s*(?P<minus>-?)(?:\\?\$)?"
+    r"(?P<digits>(?:[0-9]+|[0-9]{1,3}(?:(?:,|\{,\})[0-9]{3})+)(?:\.[0-9]+)?)(?:\\?%)?\.?\s*"
+)
+
+
 def extract_answer(text, is_gold=False):
     """The number in the last `\\boxed{}`; if there is no box, or in gold answers, after the last
-    `####`. A float, or None. Words, units, fractions and boxes in braces are not read: an unread
+    `####`. A Decimal, or None. Words, units, fractions and boxes in braces are not read: an unread
     answer costs one reward, but a misread one teaches a mistake."""
     before, box, after = text.rpartition("\\boxed")
     if box and not is_gold:
@@ -280,30 +293,20 @@ def extract_answer(text, is_gold=False):
     else:
         _, hashes, after = text.rpartition("####")
         match = re.fullmatch(NUMBER, after) if hashes else None
-    digits = re.sub("[,{}]", "", match["digits"]) if match else ""
-    if not 1 <= len(digits.replace(".", "")) <= 15:  # more are rounded
-        return None
-    return float(match["minus"] + digits)
-
-
-# Bare numbers only: 42  -8  2.50  1,000  1{,}000  $12  \$12  -$7  -\$7  30%  30\%  42.
-NUMBER = (
-    r"\s*(?P<minus>-?)(?:\\?\$)?"
-    r"(?P<digits>(?:[0-9]+|[0-9]{1,3}(?:(?:,|\{,\})[0-9]{3})+)(?:\.[0-9]+)?)(?:\\?%)?\.?\s*"
-)
+    return Decimal(match["minus"] + re.sub("[,{}]", "", match["digits"])) if match else None
 
 
 # --- 5. The signal: angle concentration (paper, section 3)
-# Needs copy, functools, inspect, os, torch, F, namedtuple, tqdm.
+# Needs copy, os, torch, F, namedtuple, tqdm.
 #
-# For a linear layer Y = X W with token rows x_i and upstream gradients g_i,
-#     |dL/dW|_F^2 = sum_ij (x_i . x_j)(g_i . g_j)   and   x_i . x_j = |x_i| |x_j| cos(theta_ij).
-# This is exact. A forward pass gives the x_i, no loss needed, and C averages their cosines.
-# The prefix's tokens are in the sum too, hence C_inter. The paper takes the states after the final
-# norm as a proxy for all layers. It does not follow that C predicts gradients.
+# For a linear layer Y = X W with token rows x_i, any loss, and its gradients g_i = d loss / d y_i,
+#     |d loss / dW|_F^2 = sum_ij (x_i . x_j)(g_i . g_j)  with  x_i . x_j = |x_i| |x_j| cos(theta_ij).
+# This is exact. C averages the cosines inside the question and between question and prefix, with
+# equal weight, as the paper chooses. A GRPO loss also has pairs inside the prefix, pairs with
+# completion tokens, and the g_i. So it does not follow that C predicts its gradient. The paper
+# takes the states after the final norm, lm_head's input, as a proxy for all layers.
 
 Scores = namedtuple("Scores", "intra inter concentration tokens")  # (N,); tokens in the question
-signature = functools.cache(inspect.signature)  # 0.1 ms if not cached
 
 
 def angle_concentration(hidden, prefix_mask, question_mask):
@@ -313,10 +316,8 @@ def angle_concentration(hidden, prefix_mask, question_mask):
         C_inter = mean of cos(theta_ij) over i in the question, j in the prefix
 
     hidden: (B, T, D), any float dtype. Masks: (B, T), bool or 0/1; padding, on either side, is in
-    neither. Without a prefix C_inter is 0. ValueError for a row without a question token.
-
-    The i = j pairs have cosine 1. If the other pairs of a k-token question average c, the i = j
-    pairs add (1 - c)/k to C_intra, which favors short questions."""
+    neither. Without a prefix C_inter is 0. ValueError for a row without a question token. The pairs
+    i = j favor short questions: if the others average c, they add (1 - c)/k for k tokens."""
     prefix_mask, question_mask = prefix_mask.bool(), question_mask.bool()
     empty_rows = (~question_mask.any(1)).nonzero()
     if len(empty_rows):
@@ -340,8 +341,7 @@ def score_prompts(model, prompts, batch_size=64):
     The shared prefix is run once. Prompts whose questions end at the same position are batched
     together, so nothing is padded. ValueError if the prompts share no first token."""
     device = model.device
-    intra = torch.zeros(len(prompts))
-    inter = torch.zeros(len(prompts))
+    intra_inter = torch.zeros(2, len(prompts))
     # commonprefix works on lists too.
     shared_ids = os.path.commonprefix([prompt.ids[: prompt.start] for prompt in prompts])
     if not shared_ids:
@@ -362,29 +362,27 @@ def score_prompts(model, prompts, batch_size=64):
                 hidden = torch.cat([shared_hidden.expand(len(batch), -1, -1), hidden], dim=1)
                 starts = torch.tensor([prompt.start for prompt in batch], device=device)
                 prefix_mask = torch.arange(end, device=device) < starts[:, None]
-                batch_intra, batch_inter = angle_concentration(hidden, prefix_mask, ~prefix_mask)
-                intra[rows] = batch_intra.cpu()
-                inter[rows] = batch_inter.cpu()
+                measured = angle_concentration(hidden, prefix_mask, ~prefix_mask)
+                intra_inter[:, rows] = torch.stack(measured).cpu()
 
+    intra, inter = intra_inter
     tokens = torch.tensor([prompt.end - prompt.start for prompt in prompts])
     return Scores(intra, inter, intra + inter, tokens)
 
 
-def run_backbone(model, ids, attention_mask=None, position_ids=None, cache=None):
-    """The hidden states after the final norm, (B, T, D), which are lm_head's input, and the cache
-    including these T tokens. ids: (B, T). attention_mask: (B, cached tokens + T)."""
-    backbone = model.base_model
-    # transformers 5.24 renamed past_key_values to cache in some models.
-    names = signature(type(backbone).forward).parameters
-    cache_name = "cache" if "cache" in names else "past_key_values"
-    output = backbone(
+def run_backbone(model, ids, attention_mask=None, cache=None, position_ids=None):
+    """The hidden states after the final norm, (B, T, D), and the cache including these T tokens.
+    ids: (B, T). attention_mask: (B, cached tokens + T), False for padding."""
+    if position_ids is None and attention_mask is not None:
+        position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+    output = model.get_decoder()(
         input_ids=ids,
         attention_mask=attention_mask,
         position_ids=position_ids,
         use_cache=True,
-        **{cache_name: cache},
+        cache=cache,
     )
-    return output.last_hidden_state, output[cache_name]
+    return output.last_hidden_state, output.cache
 
 
 def mixed_precision(device):
@@ -399,66 +397,57 @@ def mixed_precision(device):
 
 
 def make_curriculum(config, scores):
-    """The GaussianCurriculum of a run. --curriculum sets the sort key; `uniform` makes the Gaussian
-    infinitely wide instead."""
-    generator = torch.Generator().manual_seed(config.seed)
+    """The GaussianCurriculum of a run. --curriculum sets the sort key, or an infinite width."""
+    random = torch.Generator().manual_seed(config.seed)
     sort_by = {
         "angle": scores.concentration,
         "length": -scores.tokens,  # short questions first
-        "shuffled": torch.randperm(len(scores.tokens), generator=generator),
-        "uniform": scores.concentration,
+        "shuffled": torch.randperm(len(scores.tokens), generator=random),
+        "uniform": scores.concentration,  # every rank is equally likely
     }
-    return GaussianCurriculum(
-        sort_by[config.curriculum],
-        config.prompts_per_step,
-        step=config.curriculum_step,
-        sigma=math.inf if config.curriculum == "uniform" else config.sigma,
-        target_accuracy=config.target_accuracy,
-        alpha=config.alpha,
-        gamma=config.gamma,
-        seed=config.seed,
-    )
+    names = ("stride", "sigma", "target_accuracy", "alpha", "gamma", "seed")
+    settings = {name: getattr(config, name) for name in names}
+    if config.curriculum == "uniform":
+        settings["sigma"] = math.inf
+    return GaussianCurriculum(sort_by[config.curriculum], config.prompts_per_step, **settings)
 
 
+@dataclass(eq=False)
 class GaussianCurriculum(torch.utils.data.Sampler):
     """Draws batches of question indices from a Gaussian that moves over their ranks.
 
-    scores: (N,). `.order`: highest first, ties by index. step (the paper's n) and sigma: in ranks;
-    None means 500/7473 and 1000/7473 of N, as in the authors' code for GSM8K. sigma = inf draws
-    uniformly. Iterating yields batches without end. ValueError for invalid input.
+    scores: (N,). `.order`: highest first, ties by index. stride (the paper's n) and sigma: in
+    ranks; None means 500/7473 and 1000/7473 of N, as in the authors' code for GSM8K. sigma = inf
+    draws uniformly. ValueError for invalid input. Iterating yields batches without end. A
+    DataLoader with this batch_sampler needs num_workers=0, because workers draw ahead of update().
 
     With SmolLM2-135M, GSM8K questions have a mean C of 0.85 and a standard deviation of 0.06, so
     tanh(2C) is about 0.93 and hardly varies. The C term is a steady drift; accuracy steers."""
 
-    def __init__(
-        self,
-        scores,
-        batch_size,
-        *,
-        step=None,
-        sigma=None,
-        target_accuracy=0.5,
-        alpha=2.0,
-        gamma=2.0,
-        seed=0,
-    ):
-        scores = torch.as_tensor(scores)
-        n_questions = len(scores)
-        if not torch.isfinite(scores).all():
+    scores: torch.Tensor
+    batch_size: int
+    _: KW_ONLY
+    stride: float | None = None
+    sigma: float | None = None
+    target_accuracy: float = 0.5
+    alpha: float = 2.0
+    gamma: float = 2.0
+    seed: int = 0
+
+    def __post_init__(self):
+        self.scores = torch.as_tensor(self.scores)
+        N = len(self.scores)
+        if not torch.isfinite(self.scores).all():
             raise ValueError("a score is not finite")
-        if not 1 <= batch_size <= n_questions:
-            raise ValueError(f"--prompts-per-step {batch_size}: there are {n_questions} questions")
-        self.order = scores.argsort(descending=True, stable=True)
-        self.batch_size = batch_size
+        if not 1 <= self.batch_size <= N:
+            raise ValueError(f"--prompts-per-step {self.batch_size}: there are {N} questions")
+        self.order = self.scores.argsort(descending=True, stable=True)
         self.mean = 0.0
-        self.step = 500 / 7473 * n_questions if step is None else step
-        self.sigma = 1000 / 7473 * n_questions if sigma is None else sigma
-        if not (self.step > 0 and self.sigma > 0):
-            raise ValueError(f"step {self.step} and sigma {self.sigma} must be above 0")
-        self.target_accuracy = target_accuracy
-        self.alpha = alpha
-        self.gamma = gamma
-        self.generator = torch.Generator().manual_seed(seed)
+        self.stride = 500 / 7473 * N if self.stride is None else self.stride
+        self.sigma = 1000 / 7473 * N if self.sigma is None else self.sigma
+        if not (self.stride > 0 and self.sigma > 0):
+            raise ValueError(f"stride {self.stride} and sigma {self.sigma} must be above 0")
+        self.generator = torch.Generator().manual_seed(self.seed)
 
     def log_density(self):
         rank = torch.arange(len(self.order), dtype=torch.float64)
@@ -477,14 +466,14 @@ class GaussianCurriculum(torch.utils.data.Sampler):
         ranks = (self.log_density() + gumbel).topk(self.batch_size).indices
         return self.order[ranks].tolist()
 
-    def __iter__(self):  # for DataLoader(batch_sampler=...)
+    def __iter__(self):
         while True:
             yield self.sample()
 
     def update(self, accuracy, concentration):
         """Move the mean after a batch with this accuracy and this mean C; returns the mean.
 
-            mean <- mean + step * (tanh(alpha (accuracy - target)) + tanh(gamma C))
+            mean <- mean + stride * (tanh(alpha (accuracy - target)) + tanh(gamma C))
 
         It never moves backward (as in the authors' code) and stops at the last rank. ValueError if
         the accuracy is not in [0, 1] or C is not finite."""
@@ -492,7 +481,7 @@ class GaussianCurriculum(torch.utils.data.Sampler):
             raise ValueError(f"invalid accuracy {accuracy} or C {concentration}")
         move = math.tanh(self.alpha * (accuracy - self.target_accuracy))
         move += math.tanh(self.gamma * concentration)
-        self.mean = min(self.mean + self.step * max(move, 0.0), len(self.order) - 1.0)
+        self.mean = min(self.mean + self.stride * max(move, 0.0), len(self.order) - 1.0)
         return self.mean
 
     def state_dict(self):
@@ -508,7 +497,8 @@ class GaussianCurriculum(torch.utils.data.Sampler):
 
 
 # --- 7. GRPO: advantages, update, loss, log-probabilities, sampling
-# Needs contextlib, math, torch, F, namedtuple, tqdm, section 5, a Config.
+# Needs contextlib, math, torch, F, namedtuple, tqdm, section 5, a Config. On CUDA, first call
+# torch.backends.cuda.enable_cudnn_sdp(False), as load_model does.
 LOGIT_CHUNK = 512  # tokens whose logits are in memory at the same time
 
 # G completions of each of P prompts: B = P G rows, those of a prompt next to each other.
@@ -523,24 +513,24 @@ def group_advantages(rewards):
     all equal, gets zeros. ValueError for groups of one."""
     if rewards.shape[1] < 2:
         raise ValueError("a group of one has no advantage")
-    mean = rewards.float().mean(1, keepdim=True)
-    std = rewards.float().std(1, keepdim=True)
-    flat = (rewards == rewards[:, :1]).all(1, keepdim=True)
-    return torch.where(flat, 0.0, (rewards - mean) / std)  # no epsilon: std is 0 only if flat
+    rewards = rewards.to(torch.promote_types(rewards.dtype, torch.float32))
+    differences = rewards - rewards[:, :1]  # exactly 0 in a flat group, and so is their std
+    std = differences.std(1, keepdim=True)
+    return torch.where(std == 0, 0.0, (differences - differences.mean(1, keepdim=True)) / std)
 
 
 def grpo_update(model, reference, optimizer, rollout, advantages, config):
-    """config.updates gradient steps on a Rollout; returns loss, grad_norm, kl and clip_fraction of
-    the last one. advantages: (P, G). reference: a model, or None if config.kl_coef is 0.
-
-    If memory runs out, config.micro_batch is halved and the gradient computed again.
-    FloatingPointError, before that step, for a loss or gradient that is not finite."""
-    old_logprobs = torch.zeros(rollout.completion_mask.shape, device=rollout.ids.device)
-    for k in range(config.updates):
-        inputs = (model, reference, rollout, advantages, old_logprobs, k == 0, config)
+    """config.updates optimizer updates on a Rollout; returns loss, grad_norm, kl and clip_fraction
+    of the last one. advantages: (P, G). reference: a model, or None if config.kl_coef is 0. If
+    memory runs out, config.micro_batch is halved and the gradient computed again.
+    FloatingPointError, before that update, for a loss or gradient that is not finite."""
+    old_logprobs = None
+    for _ in range(config.updates):
         while True:
             try:
-                stats = compute_gradient(*inputs)
+                logprobs, stats = compute_gradient(
+                    model, reference, rollout, advantages, old_logprobs, config
+                )
                 break
             except RuntimeError as error:
                 if config.micro_batch == 1 or not is_out_of_memory(error):
@@ -548,11 +538,12 @@ def grpo_update(model, reference, optimizer, rollout, advantages, config):
             # Not in `except`: there the error keeps the failed tensors alive.
             config.micro_batch //= 2
             tqdm.write(f"out of memory: continuing with --micro-batch {config.micro_batch}")
-            optimizer.zero_grad()
             torch.cuda.empty_cache()
+        if old_logprobs is None:
+            old_logprobs = logprobs
         stats["grad_norm"] = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
         if not math.isfinite(stats["grad_norm"] + stats["loss"]):
-            raise FloatingPointError(f"not finite, try a lower --lr: {stats}")
+            raise FloatingPointError(f"not finite, start a new run with a lower --lr: {stats}")
         optimizer.step()
         optimizer.zero_grad()
     return stats
@@ -563,9 +554,9 @@ def is_out_of_memory(error):
     return "out of memory" in message or "allocate memory" in message
 
 
-def compute_gradient(model, reference, rollout, advantages, old_logprobs, is_first, config):
-    """Set the gradient of grpo_loss over a Rollout; returns loss, kl and clip_fraction.
-    advantages: (P, G). old_logprobs: (B, L), written in the first update and kept.
+def compute_gradient(model, reference, rollout, advantages, old_logprobs, config):
+    """Set the gradient of grpo_loss over a Rollout; returns the log-probabilities (B, L), and loss,
+    kl and clip_fraction. advantages: (P, G). old_logprobs: (B, L), or None in the first update.
 
     Micro-batches, weighted by their tokens, add up to the gradient of the batch. They hold rows of
     similar length, to save padding. Without a KL term, rows of advantage 0 are skipped."""
@@ -580,30 +571,32 @@ def compute_gradient(model, reference, rollout, advantages, old_logprobs, is_fir
     # Zeros, not None: if no row is active, AdamW must still move by its momentum.
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
+    all_logprobs = torch.zeros(rollout.completion_mask.shape, device=rollout.ids.device)
     stats = {"loss": 0.0, "kl": 0.0, "clip_fraction": 0.0}
     for first in range(0, len(active_rows), config.micro_batch):
-        # msort(): completion_logprobs runs a prompt once for neighboring rows.
+        # In the order of the batch, so that rows of a prompt are neighbors and share a run of it.
         rows = active_rows[first : first + config.micro_batch].msort()
         used = rollout.attention_mask[rows].any(0)  # columns that are not only padding
         ids = rollout.ids[rows][:, used]
         attention_mask = rollout.attention_mask[rows][:, used]
-        completion_mask = rollout.completion_mask[rows][:, used[prompt_length:]]
-        length = completion_mask.shape[1]
+        mask = rollout.completion_mask[rows][:, used[prompt_length:]]
+        length = mask.shape[1]
+
         inputs = (ids, attention_mask, length, config.temperature, rows // group_size)
         logprobs = completion_logprobs(model, *inputs)
-        reference_logprobs = None
+        all_logprobs[rows, :length] = logprobs.detach()
+        kl_terms = ()
         if config.kl_coef:
             with torch.no_grad():
-                reference_logprobs = completion_logprobs(reference, *inputs)
-        if is_first:
-            old_logprobs[rows, :length] = logprobs.detach()
-        policy = (logprobs, old_logprobs[rows, :length], advantages[rows], completion_mask)
-        loss, loss_stats = grpo_loss(*policy, config.clip_eps, reference_logprobs, config.kl_coef)
+                kl_terms = (completion_logprobs(reference, *inputs), config.kl_coef)
+        old = (all_logprobs if old_logprobs is None else old_logprobs)[rows, :length]
+        policy = (logprobs, old, advantages[rows], mask, config.clip_eps)
+        loss, loss_stats = grpo_loss(*policy, *kl_terms)
         share = lengths[rows].sum().item() / n_tokens
         (loss * share).backward()
         for name, value in {"loss": loss.item(), **loss_stats}.items():
             stats[name] += share * value
-    return stats
+    return all_logprobs, stats
 
 
 def grpo_loss(
@@ -615,9 +608,9 @@ def grpo_loss(
         r = exp(logprobs - old_logprobs),  k3 = exp(d) - d - 1,  d = reference_logprobs - logprobs
 
     advantages: (B,), the others (B, L); mask: bool or 0/1. Masked-out values, even inf, affect
-    neither loss nor gradient. stats: kl, the mean of k3, and clip_fraction, the share of tokens
-    whose policy gradient is clipped away. The mean of k3 over samples of the policy is KL(policy ||
-    reference), but its gradient is not the gradient of that divergence."""
+    neither loss nor gradient. stats: clip_fraction, the share of tokens whose policy gradient is
+    clipped away, and kl, the mean of k3. It estimates KL(policy || reference), but its gradient is
+    not that of this divergence."""
     mask = mask.bool()
     # Masked before exp: exp(inf) has a NaN gradient even where it is masked later.
     log_ratio = torch.where(mask, logprobs - old_logprobs, 0.0)
@@ -642,11 +635,10 @@ def completion_logprobs(model, ids, attention_mask, length, temperature, prompt_
     """Log-probabilities of the last `length` tokens of each row at the sampling temperature:
     float32 (B, length), 0 where attention_mask is False.
 
-    ids, attention_mask: (B, T + length). prompt_index: (B,), the number of each row's prompt;
-    neighbors with the same number share one run of it. Logits are computed LOGIT_CHUNK tokens at a
-    time, and again in the backward pass, because all of them would take gigabytes."""
+    ids, attention_mask: (B, T + length). prompt_index: (B,), each row's prompt, which neighbors
+    share. Logits are computed for LOGIT_CHUNK tokens at a time, and again in the backward pass,
+    because all of them would take gigabytes."""
     lm_head = model.get_output_embeddings()
-    position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)
     prompt_length = ids.shape[1] - length
     completion_mask = attention_mask[:, prompt_length:].bool()
     _, rows_per_prompt = prompt_index.unique_consecutive(return_counts=True)
@@ -658,15 +650,10 @@ def completion_logprobs(model, ids, attention_mask, length, temperature, prompt_
 
     with mixed_precision(model.device):
         prompt_hidden, cache = run_backbone(
-            model,
-            ids[first_rows, :prompt_length],
-            attention_mask[first_rows, :prompt_length],
-            position_ids[first_rows, :prompt_length],
+            model, ids[first_rows, :prompt_length], attention_mask[first_rows, :prompt_length]
         )
         cache.batch_repeat_interleave(rows_per_prompt)  # gradients flow back through the cache
-        completion_hidden, _ = run_backbone(
-            model, ids[:, prompt_length:], attention_mask, position_ids[:, prompt_length:], cache
-        )
+        completion_hidden, _ = run_backbone(model, ids[:, prompt_length:], attention_mask, cache)
         # The state before a token predicts it; the prompt's last state predicts the first.
         last_of_prompt = prompt_hidden[:, -1:].repeat_interleave(rows_per_prompt, dim=0)
         hidden = torch.cat([last_of_prompt, completion_hidden[:, :-1]], dim=1)
@@ -687,20 +674,23 @@ def generate(model, tokenizer, prompts, config, group_size=1, generator=None):
     torch.Generator; greedy without one. Only end tokens are taken from generation_config, because
     top_k or a penalty would make log-probabilities wrong. FloatingPointError for NaN states."""
     device = model.device
-    ids = left_pad([torch.tensor(prompt.ids) for prompt in prompts], 0).to(device)
-    positions = left_pad([torch.arange(len(prompt.ids)) for prompt in prompts], -1).to(device)
+    ids = torch.nn.utils.rnn.pad_sequence(
+        [torch.tensor(prompt.ids) for prompt in prompts], True, -1, padding_side="left"
+    ).to(device)
+    attention_mask = ids >= 0
+    positions = attention_mask.cumsum(1) - 1  # -1 in the padding
     starts = torch.tensor([[prompt.start] for prompt in prompts], device=device)
     ends = torch.tensor([[prompt.end] for prompt in prompts], device=device)
-    attention_mask = positions >= 0
     prefix_mask = attention_mask & (positions < starts)
     question_mask = (positions >= starts) & (positions < ends)
+    ids = ids.clamp(min=0)
     prompt_length = ids.shape[1]
     with mixed_precision(device):
-        hidden, cache = run_backbone(model, ids, attention_mask, positions.clamp(min=0))
+        hidden, cache = run_backbone(model, ids, attention_mask)
         intra, inter = angle_concentration(hidden, prefix_mask, question_mask)
         concentration = (intra + inter).mean().item()
         if not math.isfinite(concentration):
-            raise FloatingPointError("hidden states are not finite: try a lower --lr")
+            raise FloatingPointError("NaN states: start a new run with a lower --lr")
 
         cache.batch_repeat_interleave(group_size)
         hidden = hidden[:, -1].repeat_interleave(group_size, dim=0)
@@ -711,22 +701,15 @@ def generate(model, tokenizer, prompts, config, group_size=1, generator=None):
         )
         end_ids = end_tokens(model, tokenizer, prompts)
         decode_rows = decode
-        if device.type == "cuda":  # optional: the same completions, three times as fast
+        if device.type == "cuda":  # optional and three times as fast; later calls draw other tokens
             with contextlib.suppress(ImportError):
-                from extras import cuda_graph
-
-                if cuda_graph.supports(model, cache):
-                    decode_rows = cuda_graph.decode
+                from extras.cuda_graph import decode as decode_rows
         decode_rows(model, cache, hidden, ids, attention_mask, end_ids, config, generator)
 
     completion_ids, completion_mask = ids[:, prompt_length:], attention_mask[:, prompt_length:]
     completions = [row[mask].tolist() for row, mask in zip(completion_ids, completion_mask)]
     texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
     return Rollout(ids, attention_mask, completion_mask, texts, concentration)
-
-
-def left_pad(tensors, value):
-    return torch.nn.utils.rnn.pad_sequence(tensors, True, value, padding_side="left")
 
 
 def end_tokens(model, tokenizer, prompts):
@@ -762,23 +745,21 @@ def decode(model, cache, hidden, ids, attention_mask, end_ids, config, generator
             cache.batch_select_indices(kept)
             rows, active, token = rows[kept], active[kept], token[kept]
         seen = attention_mask[rows, : column + 1]
-        position_ids = seen.sum(1, keepdim=True) - 1
-        hidden, cache = run_backbone(model, token, seen, position_ids, cache)
+        hidden, cache = run_backbone(model, token, seen, cache)
         hidden = hidden[:, -1]
 
 
 def next_token(logits, temperature, generator, rows, n_rows):
-    """The next token of each row, (B, 1): the most likely one, or a draw if there is a generator.
-
-    The draw is argmax of p / Exponential(1). torch.multinomial does the same, but checks p first,
-    which breaks CUDA graphs. Drawing for all n_rows rows keeps draws the same when rows leave."""
+    """The next token of each row, (B, 1): the most likely one, or a draw if there is a generator:
+    argmax of p / Exponential(1), as in torch.multinomial, which cannot be part of a CUDA graph.
+    Drawing for all n_rows rows keeps draws the same when rows leave."""
     if generator is None:
         return logits.argmax(-1, keepdim=True)
     probabilities = (logits.float() / temperature).softmax(-1)
     exponentials = torch.empty(n_rows, logits.shape[-1], device=logits.device)
     exponentials.exponential_(generator=generator)
     if not exponentials.is_cuda:
-        exponentials.clamp_(min=torch.finfo(torch.float32).tiny)  # CUDA never draws 0; 0/0 is NaN
+        exponentials.clamp_(min=2**-24)  # CUDA's own smallest draw; MPS may draw 0
     return (probabilities / exponentials[rows]).argmax(-1, keepdim=True)
 
 
@@ -817,21 +798,18 @@ def wilson_interval(successes, trials):
 
 def load_task(config):
     tqdm.write(f"preset {config.preset}, {config.curriculum}, seed {config.seed}, {config.device}")
-    if config.preset == "tiny":
-        torch.set_num_threads(1)  # its matrices are too small for several threads
     model, tokenizer = load_model(config.model, config.device)
     limits = model.config.get_text_config()
     context = getattr(limits, "max_position_embeddings", None) or math.inf
     # Past the original length, some RoPE variants rotate all keys anew, and cached keys are wrong.
     rope = getattr(limits, "rope_parameters", None) or {}
-    longest = (rope.get("original_max_position_embeddings") or context) - config.max_new_tokens
-    problems = load_problems(tokenizer, config.dataset, "train", longest)
-    test_problems = load_problems(tokenizer, config.dataset, "test", longest)
+    sizes = (rope.get("original_max_position_embeddings") or context, config.max_new_tokens)
+    problems = load_problems(tokenizer, config.dataset, "train", *sizes)
+    test_problems = load_problems(tokenizer, config.dataset, "test", *sizes)
     prompts = [problem["prompt"] for problem in problems]
-    if config.prompts_per_step > len(problems):
-        raise ValueError(f"--prompts-per-step {config.prompts_per_step} > {len(problems)} prompts")
     check_model(model, prompts[0])
-    end_tokens(model, tokenizer, prompts)  # fails now rather than after scoring
+    # Recorded for model/, so that others stop there too. Fails now if there are none.
+    model.generation_config.eos_token_id = end_tokens(model, tokenizer, prompts).tolist()
     return model, tokenizer, problems, test_problems[: config.eval_examples]
 
 
@@ -842,45 +820,50 @@ def load_model(name, device):
         model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
         # AutoTokenizer would replace the splitting rules of some models.
         tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(path)
-        if hasattr(model.config, "quantization_config"):
-            raise ValueError("quantized weights cannot be trained")
+        quantized = hasattr(model.config, "quantization_config")
+        if quantized or not all(weight.requires_grad for weight in model.parameters()):
+            raise ValueError("quantized or frozen weights cannot be trained; merge a LoRA adapter")
         model = model.to(device).eval()
     # cuDNN's attention gives NaN gradients at some lengths (pytorch issue 196678).
     torch.backends.cuda.enable_cudnn_sdp(False)
+    if model.num_parameters() < 1e6:
+        torch.set_num_threads(1)  # small matrices are slower with several threads
     return model, tokenizer
 
 
 def find_folder(name):
-    folder = Path(__file__).parent / TINY_WORLD
-    if name == TINY_WORLD and not folder.is_dir():
+    """The folder of a --model or --dataset; names on the hub stay. ValueError for other paths."""
+    is_shipped = name in (TINY_WORLD, ARITHMETIC)
+    folder = Path(__file__).parent / name if is_shipped else Path(name)
+    if folder.is_dir():
+        return folder
+    if is_shipped:
         raise ValueError(f"no {folder}: clone the repository, or pass --model and --dataset")
-    return folder if name == TINY_WORLD else name
+    if folder.is_file() or not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name):
+        raise ValueError("this is not a folder")
+    return name
 
 
 @torch.no_grad()
 def check_model(model, prompt):
-    """ValueError unless run_backbone and lm_head, with left padding and a repeated cache, give the
-    model's own logits."""
-    with explain(f"cannot use --model {model.name_or_path}"):
+    """ValueError unless completion_logprobs, with left padding and two rows that share a prompt,
+    gives the model's own log-probabilities."""
+    with explain(f"cannot use --model {model.name_or_path}"), mixed_precision(model.device):
         ids = torch.tensor([prompt.ids], device=model.device)
-        own = model(input_ids=ids).logits[:, prompt.start :].float()
-        positions = torch.arange(-3, ids.shape[1], device=model.device)[None]  # 3 of padding
-        mask = positions >= 0
-        positions = positions.clamp(min=0)
-        ids = F.pad(ids, (3, 0))
-        split = prompt.start + 3  # the prefix is run once, then the rest in two rows
-        _, cache = run_backbone(model, ids[:, :split], mask[:, :split], positions[:, :split])
-        cache.batch_repeat_interleave(2)
-        rest = [tensor.expand(2, -1) for tensor in (ids[:, split:], mask, positions[:, split:])]
-        hidden, _ = run_backbone(model, *rest, cache)
-        ours = model.get_output_embeddings()(hidden).float()
-        if not (ours - own).abs().max() <= 1e-3 * own.abs().max():
+        length = ids.shape[1] - prompt.start
+        logits = model(input_ids=ids).logits[0, prompt.start - 1 : -1].float()
+        own = -F.cross_entropy(logits, ids[0, prompt.start :], reduction="none")
+        ids = F.pad(ids, (3, 0)).expand(2, -1)
+        mask = torch.arange(ids.shape[1], device=model.device).expand(2, -1) >= 3
+        same_prompt = torch.zeros(2, dtype=torch.long, device=model.device)
+        ours = completion_logprobs(model, ids, mask, length, 1.0, same_prompt)
+        if not (ours - own).abs().max() <= 1e-3:
             raise ValueError("its logits are not lm_head of these states")
 
 
-def load_problems(tokenizer, source, split, longest):
-    """The rows of a split, as dictionaries with question, answer, index and prompt (a Prompt of at
-    most `longest` tokens). ValueError for a bad row, with its file and line."""
+def load_problems(tokenizer, source, split, context, max_new_tokens):
+    """The rows of a split, as dictionaries with question, answer, index and prompt. Prompts that
+    leave no room in the context are left out. ValueError for a bad row, with its file and line."""
     with explain(f"cannot load --dataset {source}"):
         path = Path(find_folder(source), f"{split}.jsonl")
         if path.parent.is_dir():
@@ -888,95 +871,72 @@ def load_problems(tokenizer, source, split, longest):
         else:
             import datasets  # imported here: it takes a second
 
-            lines = [json.dumps(row) for row in datasets.load_dataset(source, "main", split=split)]
+            rows = datasets.load_dataset(source, "main", split=split)
+            lines = [json.dumps(row).encode() for row in rows]
     rows = []
     for number, line in enumerate(lines, start=1):
-        with explain(f"{path}:{number}: cannot use {line!r:.99}"):
+        wanted = "a JSON object in UTF-8 with two strings, question and answer"
+        with explain(f"{path}:{number}: must be {wanted}, not {line!r:.99}"):
             if line.strip():
-                row = json.loads(line)
+                row = json.loads(line.decode("utf-8-sig"))
                 row["question"].encode()  # fails for a lone surrogate
                 gold = extract_answer(row["answer"], is_gold=True)
                 if gold is None or not row["question"].strip():
                     raise ValueError("no question, or no number after ####")
                 rows.append(row)
+    if not rows:
+        raise ValueError(f"{path}: no rows")
     prompts = encode_prompts(tokenizer, [row["question"] for row in rows])
     problems = [
         {**row, "index": index, "prompt": prompt}
         for index, (row, prompt) in enumerate(zip(rows, prompts))
-        if len(prompt.ids) <= longest
+        if len(prompt.ids) + max_new_tokens <= context
     ]
     if not problems:
-        raise ValueError(f"{path}: no prompt leaves room for --max-new-tokens")
+        shortest = min(len(prompt.ids) for prompt in prompts)
+        sizes = f"{shortest} tokens and --max-new-tokens {max_new_tokens}"
+        raise ValueError(f"{path}: the shortest prompt has {sizes}, the context only {context}")
     if len(problems) < len(rows):
         tqdm.write(f"left out {len(rows) - len(problems)} {split} prompts: too long")
     return problems
 
 
 class RunFolder:
-    """The directory of a run. Its files (see README) are replaced as a whole, except in model/, and
-    never deleted, so a run can be stopped in any way and continued with --resume."""
+    """The directory of a run. Its files (see README) are replaced as a whole, except in model/, so
+    a run can be stopped in any way and continued with --resume."""
 
-    def __init__(self, config):
-        """ValueError if a resumed run would change its results."""
+    def __init__(self, config, problems, scores, generator, parts):
+        """Create the directory, or load the last checkpoint of config.resume into the parts."""
         self.config = config
-        self.settings = asdict(config)
-        del self.settings["run_dir"], self.settings["resume"]  # a run may be moved
-        self.logs = {"metrics": [], "samples": []}
-        recorded = read_config(config.resume) if config.resume else self.settings
-        for name in self.settings.keys() - {"steps", "micro_batch", "checkpoint_every"}:
-            if recorded[name] != self.settings[name]:
-                raise ValueError(f"{flag(name)}: the resumed run keeps {recorded[name]}")
-
-    def create(self):
-        """Create the directory, or reuse that of --resume; ValueError if --run-dir exists."""
-        config = self.config
-        default = f"runs/{config.preset}-{config.curriculum}-{config.seed}"
-        self.path = Path(config.resume or config.run_dir or default)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        for k in itertools.count(2):
-            with contextlib.suppress(FileExistsError):
-                self.path.mkdir(exist_ok=bool(config.resume))  # atomic: one process gets it
-                break
-            if config.run_dir:
-                raise ValueError(f"--run-dir {self.path} exists: use a new name or --resume")
-            self.path = Path(f"{default}-{k}")
-        if not config.resume:
-            write_json(self.path / "config.json", self.settings, indent=2)
-        command = shlex.join(["python", __file__, f"--resume={self.path}"])
-        tqdm.write(f"to continue after a stop: {command}")
-
-    def save_scores(self, problems, scores, curriculum):
-        columns = [column.tolist() for column in scores]
-        rows = [
-            {"index": problem["index"], **dict(zip(Scores._fields, values))}
-            for problem, *values in zip(problems, *columns)
-        ]
-        write_json(self.path / "scores.jsonl", *rows)
-        ranks = curriculum.order.argsort()
-        self.rank_length = spearman(ranks, scores.tokens)  # near 1: almost a sort by length
-        tqdm.write(f"Spearman of rank and length: {self.rank_length:.2f}")
-
-    def load_checkpoint(self, generator, **parts):
-        """Keep parts, load a checkpoint, save a new --steps; returns its step."""
         self.generator = generator
         self.parts = parts
-        self.clock = time.perf_counter()
-        path, step = self.path / "checkpoint/state.pt", 0
-        if path.exists():
-            with explain(f"cannot use {path}"):
-                state = torch.load(path, map_location="cpu", weights_only=True)
+        self.logs = {"metrics": [], "samples": []}
+        self.steps_done = 0
+        self.path = Path(config.resume) if config.resume else create_directory(config)
+        self.checkpoint = self.path / "checkpoint/state.pt"
+        if self.checkpoint.exists():
+            with explain(f"cannot use {self.checkpoint}"):
+                state = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
                 generator.set_state(state["generator"])
                 for name, part in parts.items():
                     part.load_state_dict(state[name])
                 self.logs = state["logs"]
-                step = state["step"]
-        if step > self.config.steps:
-            raise ValueError(f"--steps {self.config.steps}: {step} are done already")
-        write_json(self.path / "config.json", self.settings, indent=2)
-        return step
+                self.steps_done = state["step"]
+        if self.steps_done > config.steps:
+            raise ValueError(f"--steps {config.steps}: {self.steps_done} are done already")
+        settings = asdict(config)
+        del settings["run_dir"], settings["resume"]  # a run may be moved
+        write_json(self.path / "config.json", settings, indent=2)
+        names = ("index", *Scores._fields)
+        columns = ([problem["index"] for problem in problems], *(x.tolist() for x in scores))
+        rows = [dict(zip(names, values)) for values in zip(*columns)]
+        write_json(self.path / "scores.jsonl", *rows)
+        correlation = spearman(parts["curriculum"].order.argsort(), scores.tokens)
+        tqdm.write(f"Spearman of rank and length: {correlation:.2f}")  # near 1: a sort by length
+        command = shlex.join(["python", __file__, f"--resume={self.path}"])
+        tqdm.write(f"to continue after a stop: {command}")
 
-    def record_step(self, step, mean, batch, rollout, rewards, stats):
-        seconds = time.perf_counter() - self.clock
+    def record_step(self, step, seconds, mean, batch, rollout, rewards, stats):
         n_tokens = rollout.completion_mask.sum().item()
         useful = rewards.amax(1) > rewards.amin(1)  # groups whose rewards differ
         row = {
@@ -991,53 +951,53 @@ class RunFolder:
             "tokens_per_second": n_tokens / seconds,
         }
         self.append("metrics", row)
-        is_last = step == self.config.steps
-        if is_last or step % self.config.eval_every == 0:
+        if step % self.config.eval_every == 0 or step == self.config.steps:
             group = list(zip(rollout.texts, rewards[0].tolist()))  # zip stops after one group
             question = batch[0]["question"]
             self.append("samples", {"step": step, "question": question, "completions": group})
-        if is_last or step % self.config.checkpoint_every == 0:
-            state = {name: part.state_dict() for name, part in self.parts.items()}
-            state.update(step=step, logs=self.logs, generator=self.generator.get_state())
-            path = self.path / "checkpoint/state.pt"
-            write_atomically(path, lambda file: torch.save(state, file))
-        self.clock = time.perf_counter()
 
     def record_evaluation(self, step, result):
         self.append("metrics", {"step": step, **result})
-        accuracy, low, high = (result[f"eval_{name}"] for name in ("accuracy", "low", "high"))
-        tqdm.write(f"step {step:4}: greedy accuracy {accuracy:.3f} (95% {low:.3f} to {high:.3f})")
-        self.clock = time.perf_counter()
+        tqdm.write(f"step {step:4}: greedy accuracy {describe(result)}")
 
     def append(self, name, row):
         self.logs[name].append(row)
         write_json(self.path / f"{name}.jsonl", *self.logs[name])
 
+    def save_checkpoint(self, step):
+        state = {name: part.state_dict() for name, part in self.parts.items()}
+        state.update(step=step, logs=self.logs, generator=self.generator.get_state())
+        write_atomically(self.checkpoint, lambda file: torch.save(state, file))
+
     def finish(self, model, tokenizer):
-        """Write model/ (if it was trained) and summary.json; returns the summary."""
-        metrics = self.logs["metrics"]
+        """Write model/ and print the accuracy before and after."""
         folder = self.path / "model"
-        summary = {**self.settings, "rank_length_correlation": self.rank_length}
-        if self.config.steps:
-            with explain(f"cannot write {folder}", OSError):
-                model.save_pretrained(folder)
-                tokenizer.save_pretrained(folder)
-                # transformers 5 names a tokenizer class that transformers 4 does not know.
-                path = folder / "tokenizer_config.json"
-                settings = json.loads(path.read_bytes())
-                write_json(path, {**settings, "tokenizer_class": "PreTrainedTokenizerFast"})
-            accuracies = [row["eval_accuracy"] for row in metrics if "eval_accuracy" in row]
-            summary.update(accuracy_before=accuracies[0], accuracy_after=accuracies[-1])
-            useful = [row["useful_groups"] for row in metrics if "useful_groups" in row]
-            p = summary["useful_groups"] = sum(useful) / len(useful)
-            bound = torch.tensor(p).rsqrt()
-            tqdm.write(f"share p of useful groups: {p:.2f}, bound 1/sqrt(p): {bound:.2f}")
-        write_json(self.path / "summary.json", summary, indent=2)
-        return summary
+        with explain(f"cannot write {folder}: make room, then --resume", OSError):
+            model.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+        results = [row for row in self.logs["metrics"] if "eval_accuracy" in row]
+        tqdm.write(f"before: {describe(results[0])}, after: {describe(results[-1])}")
+
+
+def create_directory(config):
+    """Create and return a new directory: --run-dir, or the first free name in runs/."""
+    default = f"runs/{config.preset}-{config.curriculum}-{config.seed}"
+    for k in itertools.count(1):
+        path = Path(config.run_dir or (default if k == 1 else f"{default}-{k}"))
+        try:
+            path.mkdir(parents=True)  # atomic: one process gets it
+            return path
+        except FileExistsError:
+            if config.run_dir:
+                raise
+
+
+def describe(result):
+    return "{eval_accuracy:.3f} (95% {eval_low:.3f} to {eval_high:.3f})".format(**result)
 
 
 def spearman(x, y):
-    """Spearman's correlation, (N,) tensors. Rank: count of < plus <=."""
+    """Spearman's correlation, (N,) tensors. Rank: count of < plus <=, so that ties share one."""
     ranks = [
         sum(torch.searchsorted(values.msort(), values, right=right) for right in (False, True))
         for values in (x, y)
@@ -1061,10 +1021,13 @@ def write_atomically(path, write):
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     with explain(f"cannot write {path}: make room, then --resume", OSError):
         path.parent.mkdir(exist_ok=True)
-        write(temporary)
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())  # against power cuts
-        os.replace(temporary, path)
+        try:
+            write(temporary)
+            with open(temporary, "rb+") as file:
+                os.fsync(file.fileno())  # against power cuts
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)  # left by a failed write
 
 
 def write_json(path, *values, indent=None):
@@ -1083,17 +1046,25 @@ def read_config(run_dir):
 
 
 def parse_config(argv=None):
-    """The Config of a command line. Its defaults are a preset or those of a resumed run."""
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for name in ("--preset", "--model", "--dataset", "--resume"):
-        first.add_argument(name)
-    given, _ = first.parse_known_args(argv)
-    is_tiny = not (given.model or given.dataset or torch.cuda.is_available())
-    preset = given.preset or ("tiny" if is_tiny else "gsm8k")
-    defaults = read_config(given.resume) if given.resume else PRESETS.get(preset, {})
-    parser = transformers.HfArgumentParser(Config, usage="gainrl.py [options]", allow_abbrev=False)
-    parser.set_defaults(**defaults)
-    return Config(**vars(parser.parse_args(argv)))
+    """The Config of a command line. Its flags replace settings of a preset or of a resumed run.
+    ValueError if a resumed run would change its results."""
+    options = {"allow_abbrev": False, "formatter_class": argparse.HelpFormatter}
+    parser = transformers.HfArgumentParser(Config, usage="gainrl.py [options]", **options)
+    unset = argparse.Namespace(**{setting.name: None for setting in fields(Config)})
+    given = {k: v for k, v in vars(parser.parse_args(argv, unset)).items() if v is not None}
+    if "resume" in given:
+        settings = read_config(given["resume"])
+        may_change = {"steps", "micro_batch", "checkpoint_every", "run_dir", "resume"}
+        for name in given.keys() - may_change:
+            old, new = settings[name], given[name]
+            is_moved = name in ("model", "dataset") and os.path.isabs(old) and Path(new).is_dir()
+            if new != old and not is_moved:
+                raise ValueError(f"{flag(name)}: the resumed run keeps {old}")
+    else:
+        is_tiny = not (given.keys() & {"model", "dataset"} or torch.cuda.is_available())
+        preset = given.get("preset", "tiny" if is_tiny else "gsm8k")
+        settings = {"preset": preset, **PRESETS[preset]}
+    return Config(**{**settings, **given})
 
 
 def main(argv=None):
@@ -1108,7 +1079,7 @@ def main(argv=None):
     except (ValueError, OSError, FloatingPointError, RuntimeError) as error:
         message = str(error)
         if is_out_of_memory(error):
-            message = f"out of memory: lower --prompts-per-step or --micro-batch ({message})"
+            message = f"out of memory, try a lower --max-new-tokens in a new run ({message})"
         elif isinstance(error, RuntimeError):
             raise  # a bug
         tqdm.write("gainrl.py: " + " ".join(message.split())[:600], sys.stderr)
@@ -1116,5 +1087,9 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(line_buffering=True)  # for logs
-    sys.exit(main())
+    with open(os.devnull, "w") as nowhere:
+        sys.stdout = sys.stdout or nowhere  # None if it is closed
+        sys.stderr = sys.stderr or nowhere
+        # Logs show each line at once, and a path that the console cannot print ends no run.
+        sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
+        sys.exit(main())

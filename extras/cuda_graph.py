@@ -1,7 +1,9 @@
 """Faster sampling on a GPU: decoding with a static cache, replayed as one CUDA graph.
 
-gainrl.generate uses this file if it is present and the GPU run's model is supported. Otherwise it
-uses gainrl.decode. Both write the same completions.
+gainrl.generate calls decode() on a GPU if this file is present. A model that is not supported is
+decoded by gainrl.decode. Both write the same greedy completions, and the same sampled ones from
+generators in the same state. This one may draw up to CHECK_EVERY - 1 tokens more, so later calls
+with its generator give other samples.
 
 A decode step launches about a thousand small kernels, and launching them takes the host longer than
 the GPU needs to run them: 17 ms per token for 256 rows of Qwen2.5-0.5B on an H200, and 5.9 ms with
@@ -16,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from transformers.cache_utils import DynamicLayer
 
+import gainrl
 from gainrl import next_token, run_backbone
 
 CHECK_EVERY = 16  # steps between two checks whether all completions are finished
@@ -23,10 +26,10 @@ _agrees = weakref.WeakKeyDictionary()  # the result of static_cache_agrees for e
 
 
 def supports(model, cache):
-    """Whether decode() can run the model. The model must accept position_ids instead of counting
+    """Whether the static cache suits the model. It must accept position_ids instead of counting
     positions itself, its forward pass must never wait for the GPU, its cache must keep all tokens,
     and it must give the same states with a static cache, which is tried once per model."""
-    takes_positions = "position_ids" in inspect.signature(model.base_model.forward).parameters
+    takes_positions = "position_ids" in inspect.signature(model.get_decoder().forward).parameters
     never_waits = model._can_compile_fullgraph  # according to transformers
     # Sliding windows and layers without attention have other types.
     keeps_all = all(type(layer) is DynamicLayer for layer in cache.layers)
@@ -43,13 +46,13 @@ def static_cache_agrees(model):
     behind two tokens of padding. In float32, even on a GPU."""
     ids = torch.arange(10, device=model.device)[None]
     mask = ids >= 2
-    position_ids = (ids - 2).clamp(min=0)
     with torch.autocast(model.device.type, enabled=False):
-        expected, _ = run_backbone(model, ids, mask, position_ids)
-        _, cache = run_backbone(model, ids[:, :-1], mask[:, :-1], position_ids[:, :-1])
+        expected, _ = run_backbone(model, ids, mask)
+        _, cache = run_backbone(model, ids[:, :-1], mask[:, :-1])
         _, bias = make_static(cache, mask[:, :-1], max_cache_len=16)
         bias[..., 9] = 0.0
-        found, _ = run_backbone(model, ids[:, -1:], bias, position_ids[:, -1:], cache)
+        position_ids = ids[:, -1:] - 2
+        found, _ = run_backbone(model, ids[:, -1:], bias, cache, position_ids)
     error = (found[:, -1] - expected[:, -1]).abs().max()
     return bool(error <= 1e-3 * expected[:, -1].abs().max())
 
@@ -97,6 +100,9 @@ def make_static(cache, attention_mask, max_cache_len):
 def decode(model, cache, hidden, ids, attention_mask, end_ids, config, generator):
     """The same as gainrl.decode, in steps that a GPU can replay as one graph. Finished rows stay in
     the batch; attention_mask hides what they write."""
+    if not supports(model, cache):
+        inputs = (model, cache, hidden, ids, attention_mask, end_ids, config, generator)
+        return gainrl.decode(*inputs)
     lm_head = model.get_output_embeddings()
     n_rows, length = ids.shape
     prompt_length = length - config.max_new_tokens
@@ -116,7 +122,7 @@ def decode(model, cache, hidden, ids, attention_mask, end_ids, config, generator
     def step():
         bias.index_fill_(3, cache_position, 0.0)
         position_ids.add_(1)
-        hidden, _ = run_backbone(model, token, bias, position_ids, cache)
+        hidden, _ = run_backbone(model, token, bias, cache, position_ids)
         cache_position.add_(1)
         write_token(hidden[:, -1])
 
