@@ -857,7 +857,9 @@ def check_model(model, prompt):
         mask = torch.arange(ids.shape[1], device=model.device).expand(2, -1) >= 3
         same_prompt = torch.zeros(2, dtype=torch.long, device=model.device)
         ours = completion_logprobs(model, ids, mask, length, 1.0, same_prompt)
-        if not (ours - own).abs().max() <= 1e-3:
+        # Two ways to run SmolLM2-135M differ by up to 0.12 in bfloat16, and 1e-5 in float32.
+        tolerance = 0.5 if torch.is_autocast_enabled(model.device.type) else 1e-3
+        if not (ours - own).abs().max() <= tolerance:
             raise ValueError("its logits are not lm_head of these states")
 
 
@@ -1079,7 +1081,8 @@ def main(argv=None):
     except (ValueError, OSError, FloatingPointError, RuntimeError) as error:
         message = str(error)
         if is_out_of_memory(error):
-            message = f"out of memory, try a lower --max-new-tokens in a new run ({message})"
+            advice = "start a new run with a lower --prompts-per-step or --max-new-tokens"
+            message = f"out of memory: {advice} ({message})"
         elif isinstance(error, RuntimeError):
             raise  # a bug
         tqdm.write("gainrl.py: " + " ".join(message.split())[:600], sys.stderr)
