@@ -16,15 +16,13 @@ NeurIPS 2025) chooses the questions with a signal read from the model itself:
         batch 10  |              .--==#####==--.                            |
         batch 25+ |                                                 .--==###|
 
-With the defaults, at C = 0.85 and accuracy 1/3, mu reaches the last rank after 25 of 200 batches
-(in the authors' runs, about 16 of 200). All later batches stay around the lowest C.
-
+(With the defaults, C = 0.85 and accuracy 1/3. It took the authors' runs about 16 of 200 batches.)
 The paper claims that aligned token vectors predict large gradients. Section 5 says what of this is
 exact, and extras/STUDY.md tests the rest.
 
     python gainrl.py                             Qwen2.5-0.5B on GSM8K; without a GPU, a tiny model
     python gainrl.py --preset arithmetic         SmolLM2-135M on sums, in minutes on a CPU
-    python gainrl.py --curriculum uniform        the baseline: plain GRPO on random questions
+    python gainrl.py --curriculum uniform        the baseline: plain GRPO
     python gainrl.py --resume runs/tiny-angle-0  continue a run that was stopped
 
     symbol        meaning                            in the code         value (gsm8k preset)
@@ -48,8 +46,7 @@ Deliberate choices in GRPO:
     - Advantages are z-scores within a group, as in the GRPO paper.
     - The loss is the mean over all tokens of a batch. The GRPO paper averages each completion
       first, so the tokens of long ones weigh less.
-    - One optimizer update per batch (--updates): the ratio is exactly 1 and nothing is clipped. The
-      loss does not measure progress: without KL and with equal lengths, it is 0.
+    - One optimizer update per batch (--updates), so the ratio is 1 and nothing is clipped.
     - AdamW without weight decay, a constant learning rate, gradient norm at most 1.
     - No dynamic sampling, overlong filter or entropy bonus.
     - One GPU trains and samples. For several, see extras/train_trl.py."""
@@ -218,8 +215,8 @@ def train(config):
 # In the tiny world, this question has a high C, 0.73. One with a low C, 0.46: "Cid has 18 birds. On
 # Monday Cid loses 8. On Tuesday Cid gets 4. On Wednesday Cid loses 9. On Thursday ..."
 
-# ids[:start] is the prefix, ids[start:end] the question; ids[end:] ends the turn. A
-# token across the border counts as question, so prefixes can differ by a token.
+# ids[:start] is the prefix, ids[start:end] the question. A token across the border is in the
+# question, so prefixes can differ by a token.
 Prompt = namedtuple("Prompt", "ids start end")
 
 SYSTEM_PROMPT = "Solve the problem step by step. Write the final number as \\boxed{number}."
@@ -229,7 +226,7 @@ PLACEHOLDER = "\ue000"  # in no template
 
 
 def encode_prompts(tokenizer, questions):
-    """A Prompt for each question of a list. ValueError for a template that cannot be used."""
+    """The Prompts of a list of questions. ValueError for a template that cannot be used."""
     name = tokenizer.name_or_path
     parts = render_chat(tokenizer, PLACEHOLDER).split(PLACEHOLDER)
     if len(parts) != 2:
@@ -317,7 +314,7 @@ def angle_concentration(hidden, prefix_mask, question_mask):
 
     hidden: (B, T, D), any float dtype. Masks: (B, T), bool or 0/1; padding, on either side, is in
     neither. Without a prefix C_inter is 0. ValueError for a row without a question token. The pairs
-    i = j favor short questions: if the others average c, they add (1 - c)/k for k tokens."""
+    i = j add (1 - c)/k if the others of k tokens average c, which favors short questions."""
     prefix_mask, question_mask = prefix_mask.bool(), question_mask.bool()
     empty_rows = (~question_mask.any(1)).nonzero()
     if len(empty_rows):
@@ -336,10 +333,9 @@ def angle_concentration(hidden, prefix_mask, question_mask):
 
 @torch.no_grad()
 def score_prompts(model, prompts, batch_size=64):
-    """Scores of N Prompts, on the CPU. C is C_intra + C_inter (paper, section 3).
-
-    The shared prefix is run once. Prompts whose questions end at the same position are batched
-    together, so nothing is padded. ValueError if the prompts share no first token."""
+    """Scores of N Prompts, on the CPU. C is C_intra + C_inter (paper, section 3). The shared prefix
+    is run once. Prompts whose questions end at the same position share a batch, so nothing is
+    padded. ValueError if the prompts share no first token."""
     device = model.device
     intra_inter = torch.zeros(2, len(prompts))
     # commonprefix works on lists too.
@@ -386,8 +382,8 @@ def run_backbone(model, ids, attention_mask=None, cache=None, position_ids=None)
 
 
 def mixed_precision(device):
-    """A context for bfloat16 matrix products, if the GPU has them. Weights stay float32: bfloat16
-    would round updates of 1e-6 away. Keep optimizer steps outside, because it caches weights."""
+    """A context for bfloat16 matrix products, if the GPU has them. Weights stay float32, because
+    bfloat16 rounds updates of 1e-6 away. It caches weights: update them outside."""
     enabled = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
 
@@ -459,7 +455,7 @@ class GaussianCurriculum(torch.utils.data.Sampler):
 
     def sample(self):
         """batch_size distinct indices. The largest values of log p + Gumbel noise are a draw
-        without replacement, and logarithms do not underflow far from the mean."""
+        without replacement. Logarithms do not underflow far from the mean."""
         exponential = torch.empty(len(self.order), dtype=torch.float64)
         exponential.exponential_(generator=self.generator)
         gumbel = -exponential.log()
@@ -475,8 +471,8 @@ class GaussianCurriculum(torch.utils.data.Sampler):
 
             mean <- mean + stride * (tanh(alpha (accuracy - target)) + tanh(gamma C))
 
-        It never moves backward (as in the authors' code) and stops at the last rank. ValueError if
-        the accuracy is not in [0, 1] or C is not finite."""
+        It never goes back (as in the authors' code) and stops at the last rank. ValueError if the
+        accuracy is not in [0, 1] or C is not finite."""
         if not (0 <= accuracy <= 1 and math.isfinite(concentration)):
             raise ValueError(f"invalid accuracy {accuracy} or C {concentration}")
         move = math.tanh(self.alpha * (accuracy - self.target_accuracy))
@@ -503,7 +499,7 @@ LOGIT_CHUNK = 512  # tokens whose logits are in memory at the same time
 
 # G completions of each of P prompts: B = P G rows, those of a prompt next to each other.
 #     ids, attention_mask    (B, T + L): T prompt tokens, padded on the left, L of completion
-#     completion_mask        (B, L): True up to and including the end token; L = max_new_tokens
+#     completion_mask        (B, L): True up to and including the end token
 #     texts, concentration   the B completions as strings; the prompts' mean C now
 Rollout = namedtuple("Rollout", "ids attention_mask completion_mask texts concentration")
 
@@ -521,9 +517,9 @@ def group_advantages(rewards):
 
 def grpo_update(model, reference, optimizer, rollout, advantages, config):
     """config.updates optimizer updates on a Rollout; returns loss, grad_norm, kl and clip_fraction
-    of the last one. advantages: (P, G). reference: a model, or None if config.kl_coef is 0. If
-    memory runs out, config.micro_batch is halved and the gradient computed again.
-    FloatingPointError, before that update, for a loss or gradient that is not finite."""
+    of the last one. advantages: (P, G). reference: None if config.kl_coef is 0. If memory runs out,
+    config.micro_batch is halved and the gradient computed again. FloatingPointError, before that
+    update, for a loss or gradient that is not finite."""
     old_logprobs = None
     for _ in range(config.updates):
         while True:
@@ -555,8 +551,8 @@ def is_out_of_memory(error):
 
 
 def compute_gradient(model, reference, rollout, advantages, old_logprobs, config):
-    """Set the gradient of grpo_loss over a Rollout; returns the log-probabilities (B, L), and loss,
-    kl and clip_fraction. advantages: (P, G). old_logprobs: (B, L), or None in the first update.
+    """Set the gradient of grpo_loss; returns the log-probabilities (B, L), and loss, kl and
+    clip_fraction. advantages: (P, G). old_logprobs: (B, L), or None in the first update.
 
     Micro-batches, weighted by their tokens, add up to the gradient of the batch. They hold rows of
     similar length, to save padding. Without a KL term, rows of advantage 0 are skipped."""
@@ -574,7 +570,7 @@ def compute_gradient(model, reference, rollout, advantages, old_logprobs, config
     all_logprobs = torch.zeros(rollout.completion_mask.shape, device=rollout.ids.device)
     stats = {"loss": 0.0, "kl": 0.0, "clip_fraction": 0.0}
     for first in range(0, len(active_rows), config.micro_batch):
-        # In the order of the batch, so that rows of a prompt are neighbors and share a run of it.
+        # msort: rows of a prompt are neighbors again, and share one run of it.
         rows = active_rows[first : first + config.micro_batch].msort()
         used = rollout.attention_mask[rows].any(0)  # columns that are not only padding
         ids = rollout.ids[rows][:, used]
@@ -671,8 +667,8 @@ def completion_logprobs(model, ids, attention_mask, length, temperature, prompt_
 @torch.no_grad()
 def generate(model, tokenizer, prompts, config, group_size=1, generator=None):
     """A Rollout: group_size completions of each of P Prompts, sampled at config.temperature with a
-    torch.Generator; greedy without one. Only end tokens are taken from generation_config, because
-    top_k or a penalty would make log-probabilities wrong. FloatingPointError for NaN states."""
+    torch.Generator; greedy without one. top_k or penalties of the generation_config are ignored,
+    because log-probabilities would be wrong. FloatingPointError for NaN states."""
     device = model.device
     ids = torch.nn.utils.rnn.pad_sequence(
         [torch.tensor(prompt.ids) for prompt in prompts], True, -1, padding_side="left"
@@ -713,12 +709,12 @@ def generate(model, tokenizer, prompts, config, group_size=1, generator=None):
 
 
 def end_tokens(model, tokenizer, prompts):
-    """The tokens that end a completion, (E,): those of the generation config, the tokenizer's, and
-    the chat template's end of turn. ValueError if there are none."""
+    """The tokens that end a completion: those of the generation config, the tokenizer, and the chat
+    template. ValueError if there are none."""
     ends = model.generation_config.eos_token_id  # or a list
     ends = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id}
     special = {k for k, token in tokenizer.added_tokens_decoder.items() if token.special}
-    # A special token after the question ends the turn.
+    # A special token after the question ends a turn.
     ends |= special.intersection(prompts[0].ids[prompts[0].end :][:1])
     if ends == {None}:
         raise ValueError(f"{model.name_or_path} has no end token")
@@ -727,7 +723,7 @@ def end_tokens(model, tokenizer, prompts):
 
 def decode(model, cache, hidden, ids, attention_mask, end_ids, config, generator):
     """Write completions to the last L columns of ids and attention_mask, (B, T + L). hidden: the
-    prompts' last states, (B, D). Rows leave when 1/8 of the batch is done."""
+    prompts' last states, (B, D). Finished rows leave once they are 1/8 of the batch."""
     lm_head = model.get_output_embeddings()
     n_rows, length = ids.shape
     rows = torch.arange(n_rows, device=ids.device)  # still in the batch
@@ -737,10 +733,9 @@ def decode(model, cache, hidden, ids, attention_mask, end_ids, config, generator
         ids[rows, column] = token.squeeze(1)
         attention_mask[rows, column] = active
         active = active & (token != end_ids).all(1)
-        n_active = active.sum()
-        if n_active == 0 or column == length - 1:
+        if column == length - 1 or not active.any():
             break
-        if n_active <= 7 / 8 * len(rows):
+        if active.sum() <= 7 / 8 * len(rows):
             kept = active.nonzero().squeeze(1)
             cache.batch_select_indices(kept)
             rows, active, token = rows[kept], active[kept], token[kept]
@@ -808,14 +803,14 @@ def load_task(config):
     test_problems = load_problems(tokenizer, config.dataset, "test", *sizes)
     prompts = [problem["prompt"] for problem in problems]
     check_model(model, prompts[0])
-    # Recorded for model/, so that others stop there too. Fails now if there are none.
+    # For model/. If there are none, this fails before scoring.
     model.generation_config.eos_token_id = end_tokens(model, tokenizer, prompts).tolist()
     return model, tokenizer, problems, test_problems[: config.eval_examples]
 
 
 def load_model(name, device):
     """Model (float32, no dropout) and tokenizer of a hub name or folder, or ValueError."""
-    with explain(f"cannot load --model {name} on --device {device}"):
+    with explain(f"cannot load --model {name}, as a folder or from the hub, on {device}"):
         path = find_folder(name)
         model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
         # AutoTokenizer would replace the splitting rules of some models.
@@ -846,8 +841,7 @@ def find_folder(name):
 
 @torch.no_grad()
 def check_model(model, prompt):
-    """ValueError unless completion_logprobs, with left padding and two rows that share a prompt,
-    gives the model's own log-probabilities."""
+    """ValueError unless completion_logprobs gives the model's own log-probabilities."""
     with explain(f"cannot use --model {model.name_or_path}"), mixed_precision(model.device):
         ids = torch.tensor([prompt.ids], device=model.device)
         length = ids.shape[1] - prompt.start
@@ -855,18 +849,18 @@ def check_model(model, prompt):
         own = -F.cross_entropy(logits, ids[0, prompt.start :], reduction="none")
         ids = F.pad(ids, (3, 0)).expand(2, -1)
         mask = torch.arange(ids.shape[1], device=model.device).expand(2, -1) >= 3
-        same_prompt = torch.zeros(2, dtype=torch.long, device=model.device)
-        ours = completion_logprobs(model, ids, mask, length, 1.0, same_prompt)
+        prompt_index = ids[:, 0]  # the same: two padded rows share a run of the prompt
+        ours = completion_logprobs(model, ids, mask, length, 1.0, prompt_index)
         # Two ways to run SmolLM2-135M differ by up to 0.12 in bfloat16, and 1e-5 in float32.
         tolerance = 0.5 if torch.is_autocast_enabled(model.device.type) else 1e-3
         if not (ours - own).abs().max() <= tolerance:
-            raise ValueError("its logits are not lm_head of these states")
+            raise ValueError("its logits are not lm_head of its last states")
 
 
 def load_problems(tokenizer, source, split, context, max_new_tokens):
-    """The rows of a split, as dictionaries with question, answer, index and prompt. Prompts that
-    leave no room in the context are left out. ValueError for a bad row, with its file and line."""
-    with explain(f"cannot load --dataset {source}"):
+    """The rows of a split, as dictionaries with question, answer, index and prompt, without those
+    that leave no room in the context. ValueError for a bad row, with its file and line."""
+    with explain(f"cannot load --dataset {source}, as a folder or from the hub"):
         path = Path(find_folder(source), f"{split}.jsonl")
         if path.parent.is_dir():
             lines = path.read_bytes().splitlines()
@@ -908,7 +902,7 @@ class RunFolder:
     a run can be stopped in any way and continued with --resume."""
 
     def __init__(self, config, problems, scores, generator, parts):
-        """Create the directory, or load the last checkpoint of config.resume into the parts."""
+        """Create the directory, or load the parts from the checkpoint of config.resume."""
         self.config = config
         self.generator = generator
         self.parts = parts
@@ -1048,7 +1042,7 @@ def read_config(run_dir):
 
 
 def parse_config(argv=None):
-    """The Config of a command line. Its flags replace settings of a preset or of a resumed run.
+    """The Config of a command line: a preset's or a resumed run's settings, replaced by flags.
     ValueError if a resumed run would change its results."""
     options = {"allow_abbrev": False, "formatter_class": argparse.HelpFormatter}
     parser = transformers.HfArgumentParser(Config, usage="gainrl.py [options]", **options)

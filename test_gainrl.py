@@ -1014,6 +1014,188 @@ def test_weights_stay_float32_under_bfloat16_products(rollout, monkeypatch):
 
 
 # --- 8. Whole runs --------------------------------------------------------------------------------
+# The naive run: GAIN-RL without engineering. It takes one prompt and one completion at a time, and
+# has no cache, padding, masks, chunks or micro-batches. With gainrl.py it shares the tokenizer, the
+# chat template and the recipe of the random draws. Whatever gainrl.train wires together, the naive
+# run must agree with: each row of each log, and the weights after the last update.
+
+
+def naive_prompt(tokenizer, question):
+    """ids, start, end: the question's tokens are ids[start:end], and ids[:start] is the prefix."""
+    turns = [
+        {"role": "system", "content": gainrl.SYSTEM_PROMPT},
+        {"role": "user", "content": gainrl.EXAMPLE_QUESTION},
+        {"role": "assistant", "content": gainrl.EXAMPLE_ANSWER},
+        {"role": "user", "content": question},
+    ]
+    text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    prefix = text[: text.rindex(question)]
+    parts = [tokenizer(part)["input_ids"] for part in (text, prefix, prefix + question)]
+    return parts[0], len(parts[1]), len(parts[2])
+
+
+def naive_concentration(model, prompt):
+    """Section 3: the mean cosines C_intra and C_inter from the T x T matrix of all pairs."""
+    ids, start, end = prompt
+    output = model(input_ids=torch.tensor([ids]), output_hidden_states=True)
+    x = output.hidden_states[-1][0]  # after the final norm
+    cosines = F.cosine_similarity(x[:, None], x[None], dim=-1)
+    return cosines[start:end, start:end].mean().item(), cosines[start:end, :start].mean().item()
+
+
+class NaiveCurriculum:
+    """Section 4: rank by a score, draw from a Gaussian over the ranks, move its mean."""
+
+    def __init__(self, scores, config):
+        N = len(scores)
+        self.order = sorted(range(N), key=lambda index: (-scores[index], index))
+        self.config, self.mean, self.generator = config, 0.0, seeded(config.seed)
+        self.n = config.stride or 500 / 7473 * N
+        self.sigma = config.sigma or 1000 / 7473 * N
+        self.sigma = INF if config.curriculum == "uniform" else self.sigma
+
+    def draw(self):
+        """Without replacement: the P largest values of log p(rank) - log Exponential(1)."""
+        exponentials = torch.empty(len(self.order), dtype=torch.float64)
+        exponentials.exponential_(generator=self.generator)
+        keys = [
+            -((rank - self.mean) ** 2) / (2 * self.sigma**2) - math.log(exponentials[rank])
+            for rank in range(len(self.order))
+        ]
+        ranks = sorted(range(len(keys)), key=lambda rank: -keys[rank])
+        return [self.order[rank] for rank in ranks[: self.config.prompts_per_step]]
+
+    def move(self, accuracy, C):
+        """mu <- mu + n max(0, tanh(alpha (accuracy - beta)) + tanh(gamma C)), at most N - 1."""
+        config = self.config
+        step = S(config.alpha * (accuracy - config.target_accuracy)) + S(config.gamma * C)
+        self.mean = min(self.mean + self.n * max(0, step), len(self.order) - 1)
+
+
+@torch.no_grad()
+def naive_completions(model, prompts, config, ends, generator=None):
+    """The tokens after each prompt, up to an end token or L tokens: greedy without a generator."""
+    rows = [[] for _ in prompts]
+    for _ in range(config.max_new_tokens):
+        live = [k for k, row in enumerate(rows) if not (row and row[-1] in ends)]
+        if not live:
+            break
+        p = torch.ones(len(rows), model.config.vocab_size)  # finished rows draw too, for nothing
+        for k in live:
+            logits = model(input_ids=torch.tensor([prompts[k][0] + rows[k]])).logits[0, -1]
+            p[k] = (logits / config.temperature).softmax(-1)
+        tokens = p.multinomial(1, generator=generator)[:, 0] if generator else p.argmax(-1)
+        for k in live:
+            rows[k].append(tokens[k].item())
+    return rows
+
+
+def naive_logprobs(model, prompt, completion, temperature):
+    """log pi(token | all tokens before it), for each token of the completion."""
+    ids = torch.tensor(prompt[0] + completion)
+    table = (model(input_ids=ids[None]).logits[0] / temperature).log_softmax(-1)
+    return table[:-1].gather(1, ids[1:, None])[-len(completion) :, 0]
+
+
+def naive_update(model, reference, optimizer, groups, config):
+    """GRPO. groups: for each of P questions, its prompt, and G completions with their rewards."""
+    rows, old_logprobs = [], []
+    for prompt, completions, rewards in groups:
+        mean = sum(rewards) / len(rewards)
+        std = math.sqrt(sum((r - mean) ** 2 for r in rewards) / (len(rewards) - 1))
+        advantages = [(r - mean) / std if std else 0.0 for r in rewards]
+        rows += [(prompt, completion, A) for completion, A in zip(completions, advantages)]
+    n_tokens = sum(len(completion) for _, completion, _ in rows)
+    for update in range(config.updates):
+        loss = kl = clipped = 0.0
+        for k, (prompt, completion, A) in enumerate(rows):
+            logprobs = naive_logprobs(model, prompt, completion, config.temperature)
+            if update == 0:
+                old_logprobs.append(logprobs.detach())
+            ratio = (logprobs - old_logprobs[k]).exp()
+            gain = ratio * A
+            clipped_gain = ratio.clamp(1 - config.clip_eps, 1 + config.clip_eps) * A
+            loss = loss - torch.minimum(gain, clipped_gain).sum() / n_tokens
+            clipped += (clipped_gain < gain).sum().item() / n_tokens
+            if config.kl_coef:
+                with torch.no_grad():
+                    other = naive_logprobs(reference, prompt, completion, config.temperature)
+                d = other - logprobs
+                k3 = (d.exp() - d - 1).sum() / n_tokens
+                loss, kl = loss + config.kl_coef * k3, kl + k3.item()
+        optimizer.zero_grad()
+        loss.backward()
+        norm = sum(p.grad.square().sum() for p in model.parameters()).sqrt().item()
+        for p in model.parameters():
+            p.grad /= max(1.0, norm)
+        optimizer.step()
+    return {"loss": loss.item(), "kl": kl, "clip_fraction": clipped, "grad_norm": norm}
+
+
+def naive_evaluation(model, tokenizer, problems, config, ends, reward):
+    prompts = [naive_prompt(tokenizer, row["question"]) for row in problems]
+    texts = naive_texts(tokenizer, naive_completions(model, prompts, config, ends))
+    n, z = len(problems), 1.96
+    share = sum(reward(text, row["answer"]) for text, row in zip(texts, problems)) / n
+    # The ends of Wilson's interval solve (share - p)^2 = z^2 p (1 - p) / n for p.
+    root = z * math.sqrt(z * z + 4 * n * share * (1 - share))
+    low, high = ((2 * n * share + z * z + sign * root) / (2 * (n + z * z)) for sign in (-1, 1))
+    readable = sum(naive_answer(text) is not None for text in texts) / n
+    result = {"eval_accuracy": share, "eval_low": low, "eval_high": high}
+    return {**result, "eval_format": readable}
+
+
+def naive_texts(tokenizer, completions):
+    return [tokenizer.decode(ids, skip_special_tokens=True) for ids in completions]
+
+
+def naive_run(model, tokenizer, train_rows, test_rows, config, ends, reward):
+    """The rows of scores.jsonl, metrics.jsonl and samples.jsonl, and the trained model."""
+    G, generator = config.group_size, seeded(config.seed)
+    model, reference = copy.deepcopy(model), copy.deepcopy(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=0.0)
+    prompts = [naive_prompt(tokenizer, row["question"]) for row in train_rows]
+    scores, metrics, samples = [], [], []
+    for index, prompt in enumerate(prompts):
+        intra, inter = naive_concentration(model, prompt)
+        row = {"index": index, "intra": intra, "inter": inter, "concentration": intra + inter}
+        scores.append({**row, "tokens": prompt[2] - prompt[1]})
+    keys = {
+        "length": [-row["tokens"] for row in scores],
+        "shuffled": torch.randperm(len(scores), generator=seeded(config.seed)).tolist(),
+    }.get(config.curriculum, [row["concentration"] for row in scores])
+    curriculum = NaiveCurriculum(keys, config)
+
+    def evaluate(step):
+        problems = test_rows[: config.eval_examples]
+        result = naive_evaluation(model, tokenizer, problems, config, ends, reward)
+        metrics.append({"step": step, **result})
+
+    evaluate(0)
+    for step in range(1, config.steps + 1):
+        mean, batch = curriculum.mean, curriculum.draw()
+        C = sum(sum(naive_concentration(model, prompts[index])) for index in batch) / len(batch)
+        rows = [prompts[index] for index in batch for _ in range(G)]
+        completions = naive_completions(model, rows, config, ends, generator)
+        texts, groups, rewards = naive_texts(tokenizer, completions), [], []
+        for k, index in enumerate(batch):
+            group = slice(k * G, (k + 1) * G)
+            rewards.append([reward(text, train_rows[index]["answer"]) for text in texts[group]])
+            groups.append((prompts[index], completions[group], rewards[k]))
+        stats = naive_update(model, reference, optimizer, groups, config)
+        accuracy = sum(map(sum, rewards)) / len(texts)
+        curriculum.move(accuracy, C)
+        row = {"step": step, "accuracy": accuracy, "concentration": C, "mean": mean, **stats}
+        row["useful_groups"] = sum(0 < sum(group) < G for group in rewards) / len(batch)
+        metrics.append({**row, "completion_length": sum(map(len, completions)) / len(completions)})
+        is_last = step == config.steps
+        if is_last or step % config.eval_every == 0:
+            question, group = train_rows[batch[0]]["question"], list(zip(texts, rewards[0]))
+            group = [list(pair) for pair in group]
+            samples.append({"step": step, "question": question, "completions": group})
+            evaluate(step)
+    return scores, metrics, samples, model
+
 
 ROWS = read_rows(WORLD / "train.jsonl")[:40]
 
@@ -1072,6 +1254,155 @@ def copied_run(whole_run, tmp_path):
 @pytest.fixture
 def run(tmp_path):
     return tmp_path / "run"
+
+
+def naive_answer(text):
+    """The whole number in the last box, or None."""
+    box = re.match(r"\{ ?(-?\d+) ?\}", text.rpartition("\\boxed")[2])
+    return box and int(box[1])
+
+
+def naive_reward(text, gold):
+    return float(naive_answer(text) == int(gold.split("####")[1]))
+
+
+def toy_reward(text, gold):
+    """Random text earns it half of the time, and the gold answer matters."""
+    return float((len(text) + int(gold.split("####")[1])) % 2)
+
+
+@pytest.fixture(scope="session")
+def toy(tmp_path_factory):
+    """The settings of a short run of a small random model."""
+    folder, rows = tmp_path_factory.mktemp("toy"), []
+    for k in range(12):
+        story = "Ann has 3 apples. " * (k % 4) + f"What is {k} plus {k * k}?"
+        rows.append({"question": story, "answer": f"#### {k * 7 % 4}"})
+    for name, seed, train in (("one", 0, rows[:10]), ("other", 1, rows[3:])):
+        write_dataset(folder / name, train, rows[:2:-1])
+        random_model(len(TOKENIZER), seed, eos_token_id=END_TOKENS).save_pretrained(folder / name)
+        TOKENIZER.save_pretrained(folder / name)
+    return {
+        "model": str(folder / "one"),
+        "dataset": str(folder / "one"),
+        "device": "cpu",
+        "steps": 2,
+        "prompts_per_step": 3,
+        "group_size": 4,
+        "max_new_tokens": 7,
+        "lr": 1e-4,
+        "kl_coef": 0.0,
+        "eval_every": 2,
+        "eval_examples": 4,
+    }
+
+
+def run_naively(config, tokenizer=TOKENIZER, ends=END_TOKENS, reward=toy_reward):
+    model = transformers.AutoModelForCausalLM.from_pretrained(gainrl.find_folder(config.model))
+    folder = gainrl.find_folder(config.dataset)
+    splits = (read_rows(folder / "train.jsonl"), read_rows(folder / "test.jsonl"))
+    return naive_run(model, tokenizer, *splits, config, ends, reward)
+
+
+def assert_agrees(run, config, naive):
+    """Rows to 1e-4, weights to 1e-5."""
+    *logs, model = naive
+    for name, rows in zip(("scores", "metrics", "samples"), logs):
+        found = read_rows(run / f"{name}.jsonl")
+        for row in found:
+            row.pop("seconds", None), row.pop("tokens_per_second", None)
+        if name == "samples":
+            assert found == rows
+        else:
+            assert found == [pytest.approx(row, rel=1e-4, abs=1e-4) for row in rows]
+    weights = read_checkpoint(run)["model"]
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(weights[name], parameter.data, rtol=0, atol=1e-5)
+
+
+# A row for each setting: other values, and the logged value of the last step that they must change.
+# The naive run takes the same values, so neither may ignore one.
+KL = {"kl_coef": 0.5, "updates": 2, "clip_eps": 0.01, "lr": 5e-4}
+SETTINGS = [
+    ({}, None),
+    ({"curriculum": "length"}, "grad_norm"),
+    ({"curriculum": "shuffled"}, "grad_norm"),
+    ({"curriculum": "uniform"}, "grad_norm"),
+    ({"dataset": "other"}, "concentration"),
+    ({"model": "other"}, "concentration"),
+    ({"steps": 3}, "step"),
+    ({"prompts_per_step": 4}, "grad_norm"),
+    ({"group_size": 3}, "accuracy"),
+    ({"updates": 3, "lr": 1e-3}, "clip_fraction"),
+    (KL, "kl"),
+    ({**KL, "kl_coef": 0.1}, "loss"),
+    ({**KL, "clip_eps": 0.3}, "loss"),
+    ({**KL, "micro_batch": 5, "temperature": 0.7, "max_new_tokens": 11}, "loss"),
+    ({"max_new_tokens": 5}, "completion_length"),
+    ({"temperature": 0.5}, "grad_norm"),
+    ({"lr": 1e-3}, "grad_norm"),
+    ({"sigma": 0.5}, "grad_norm"),
+    ({"stride": 0.1}, "mean"),
+    ({"target_accuracy": 0.9}, "mean"),
+    ({"alpha": 0.1, "target_accuracy": 0.8}, "mean"),
+    ({"gamma": 0.1}, "mean"),
+    ({"seed": 3}, "concentration"),
+    ({"eval_every": 1}, None),  # more rows
+    ({"eval_examples": 7}, "eval_accuracy"),
+]
+
+
+@pytest.fixture(scope="session")
+def naive_base(toy):
+    return run_naively(gainrl.Config(**toy))
+
+
+@pytest.mark.parametrize("settings, changes", SETTINGS, ids=str)
+def test_a_run_agrees_with_the_naive_run(toy, naive_base, run, monkeypatch, settings, changes):
+    for name in ("model", "dataset"):
+        if name in settings:
+            settings = {name: toy[name].replace("one", settings[name])}
+    config = gainrl.Config(**{**toy, **settings}, run_dir=str(run))
+    monkeypatch.setattr(gainrl, "reward", toy_reward)
+    gainrl.train(config)
+    naive = run_naively(config) if settings else naive_base
+    assert_agrees(run, config, naive)
+    metrics, before = naive[1], naive_base[1]
+    if changes:
+        values = [[row[changes] for row in rows if changes in row] for rows in (metrics, before)]
+        assert values[0][-1] != pytest.approx(values[1][-1], rel=1e-3, abs=1e-3)
+    elif settings:
+        assert len(metrics) > len(before)
+
+
+def test_a_run_of_the_tiny_world_agrees_with_the_naive_run(small_run, run):
+    """With real rewards: flat and useful groups, completions that end and some that do not."""
+    sizes = "--steps 2 --lr 3e-5 --prompts-per-step 3 --eval-examples 6 --max-new-tokens 30"
+    config = gainrl.parse_config([*small_run, *sizes.split(), "--run-dir", str(run)])
+    gainrl.train(config)
+    naive = run_naively(config, WORLD_TOKENIZER, [1], naive_reward)
+    assert_agrees(run, config, naive)
+
+
+def test_every_setting_has_a_test(toy, run, monkeypatch):
+    """Those that change no number are tested here."""
+    tested = {name for settings, _ in SETTINGS for name in settings}
+    others = {"preset", "device", "checkpoint_every", "run_dir", "resume"}
+    assert tested | others == {field.name for field in fields(gainrl.Config)}
+    monkeypatch.chdir(run.parent)
+    monkeypatch.setattr(gainrl, "reward", toy_reward)
+    saved, updates = spy(monkeypatch, "write_atomically"), spy(monkeypatch, "completion_logprobs")
+    path = gainrl.train(gainrl.Config(**toy, preset="tiny", checkpoint_every=1))
+    assert path == Path("runs/tiny-angle-0")
+    assert [path.name for path, _ in saved].count("state.pt") == 2
+    n_updates = len(updates)
+    small = {**toy, "micro_batch": 2}
+    gainrl.train(gainrl.Config(**small, checkpoint_every=9, run_dir=str(run)))
+    assert [path.name for path, _ in saved].count("state.pt") == 3
+    assert len(updates) - n_updates > n_updates
+    assert gainrl.train(gainrl.Config(**toy, resume=str(run))) == run
+    with pytest.raises(ValueError, match="abacus"):
+        gainrl.train(gainrl.Config(**{**toy, "device": "abacus"}))
 
 
 def test_flags_replace_the_settings_of_a_preset_and_help_names_each(monkeypatch, capsys):
