@@ -810,7 +810,7 @@ def load_task(config):
 
 def load_model(name, device):
     """Model (float32, no dropout) and tokenizer of a hub name or folder, or ValueError."""
-    with explain(f"cannot load --model {name}, as a folder or from the hub, on {device}"):
+    with explain(f"cannot load --model {name}, as a folder or from the hub, on --device {device}"):
         path = find_folder(name)
         model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
         # AutoTokenizer would replace the splitting rules of some models.
