@@ -247,12 +247,7 @@ def encode_prompts(tokenizer, questions):
 def render_chat(tokenizer, question):
     """The chat as text, with thinking switched off. If the template rejects or drops the system
     role, the system prompt joins the first user turn."""
-    turns = [
-        {"role": "system", "content": SYSTEM_PROMPT},
-        {"role": "user", "content": EXAMPLE_QUESTION},
-        {"role": "assistant", "content": EXAMPLE_ANSWER},
-        {"role": "user", "content": question},
-    ]
+    turns = build_messages(question)
     merged = {"role": "user", "content": f"{SYSTEM_PROMPT}\n\n{EXAMPLE_QUESTION}"}
     for messages in (turns, [merged, *turns[2:]]):
         with contextlib.suppress(Exception):  # each template rejects in its own way
@@ -262,6 +257,15 @@ def render_chat(tokenizer, question):
             if SYSTEM_PROMPT in text:
                 return text
     raise ValueError(f"{tokenizer.name_or_path} has no usable chat template")
+
+
+def build_messages(question):
+    return [
+        {"role": "system", "content": SYSTEM_PROMPT},
+        {"role": "user", "content": EXAMPLE_QUESTION},
+        {"role": "assistant", "content": EXAMPLE_ANSWER},
+        {"role": "user", "content": question},
+    ]
 
 
 def reward(completion, gold):
@@ -534,7 +538,6 @@ def grpo_update(model, reference, optimizer, rollout, advantages, config):
             # Not in `except`: there the error keeps the failed tensors alive.
             config.micro_batch //= 2
             tqdm.write(f"out of memory: continuing with --micro-batch {config.micro_batch}")
-            torch.cuda.empty_cache()
         if old_logprobs is None:
             old_logprobs = logprobs
         stats["grad_norm"] = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
@@ -695,7 +698,7 @@ def generate(model, tokenizer, prompts, config, group_size=1, generator=None):
             F.pad(tensor, (0, config.max_new_tokens)).repeat_interleave(group_size, dim=0)
             for tensor in (ids, attention_mask)
         )
-        end_ids = end_tokens(model, tokenizer, prompts)
+        end_ids = end_tokens(model, tokenizer, prompts[0])
         decode_rows = decode
         if device.type == "cuda":  # optional and three times as fast; later calls draw other tokens
             with contextlib.suppress(ImportError):
@@ -708,14 +711,13 @@ def generate(model, tokenizer, prompts, config, group_size=1, generator=None):
     return Rollout(ids, attention_mask, completion_mask, texts, concentration)
 
 
-def end_tokens(model, tokenizer, prompts):
+def end_tokens(model, tokenizer, prompt):
     """The tokens that end a completion: those of the generation config, the tokenizer, and the chat
     template. ValueError if there are none."""
     ends = model.generation_config.eos_token_id  # or a list
     ends = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id}
     special = {k for k, token in tokenizer.added_tokens_decoder.items() if token.special}
-    # A special token after the question ends a turn.
-    ends |= special.intersection(prompts[0].ids[prompts[0].end :][:1])
+    ends |= special.intersection(prompt.ids[prompt.end :][:1])  # what ends the question's turn
     if ends == {None}:
         raise ValueError(f"{model.name_or_path} has no end token")
     return torch.tensor(sorted(ends - {None}), device=model.device)
@@ -798,13 +800,13 @@ def load_task(config):
     context = getattr(limits, "max_position_embeddings", None) or math.inf
     # Past the original length, some RoPE variants rotate all keys anew, and cached keys are wrong.
     rope = getattr(limits, "rope_parameters", None) or {}
-    sizes = (rope.get("original_max_position_embeddings") or context, config.max_new_tokens)
-    problems = load_problems(tokenizer, config.dataset, "train", *sizes)
-    test_problems = load_problems(tokenizer, config.dataset, "test", *sizes)
-    prompts = [problem["prompt"] for problem in problems]
-    check_model(model, prompts[0])
+    longest = (rope.get("original_max_position_embeddings") or context) - config.max_new_tokens
+    problems = load_problems(tokenizer, config.dataset, "train", longest)
+    test_problems = load_problems(tokenizer, config.dataset, "test", longest)
+    prompt = problems[0]["prompt"]
+    check_model(model, prompt)
     # For model/. If there are none, this fails before scoring.
-    model.generation_config.eos_token_id = end_tokens(model, tokenizer, prompts).tolist()
+    model.generation_config.eos_token_id = end_tokens(model, tokenizer, prompt).tolist()
     return model, tokenizer, problems, test_problems[: config.eval_examples]
 
 
@@ -832,10 +834,8 @@ def find_folder(name):
     folder = Path(__file__).parent / name if is_shipped else Path(name)
     if folder.is_dir():
         return folder
-    if is_shipped:
-        raise ValueError(f"no {folder}: clone the repository, or pass --model and --dataset")
-    if folder.is_file() or not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name):
-        raise ValueError("this is not a folder")
+    if is_shipped or folder.is_file() or not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name):
+        raise ValueError(f"no folder {folder}; extras/ comes with a clone of the repository")
     return name
 
 
@@ -857,9 +857,9 @@ def check_model(model, prompt):
             raise ValueError("its logits are not lm_head of its last states")
 
 
-def load_problems(tokenizer, source, split, context, max_new_tokens):
-    """The rows of a split, as dictionaries with question, answer, index and prompt, without those
-    that leave no room in the context. ValueError for a bad row, with its file and line."""
+def load_problems(tokenizer, source, split, longest):
+    """The rows of a split, as dictionaries with question, answer, index and prompt (a Prompt of at
+    most `longest` tokens). ValueError for a bad row, with its file and line."""
     with explain(f"cannot load --dataset {source}, as a folder or from the hub"):
         path = Path(find_folder(source), f"{split}.jsonl")
         if path.parent.is_dir():
@@ -886,12 +886,11 @@ def load_problems(tokenizer, source, split, context, max_new_tokens):
     problems = [
         {**row, "index": index, "prompt": prompt}
         for index, (row, prompt) in enumerate(zip(rows, prompts))
-        if len(prompt.ids) + max_new_tokens <= context
+        if len(prompt.ids) <= longest
     ]
     if not problems:
-        shortest = min(len(prompt.ids) for prompt in prompts)
-        sizes = f"{shortest} tokens and --max-new-tokens {max_new_tokens}"
-        raise ValueError(f"{path}: the shortest prompt has {sizes}, the context only {context}")
+        sizes = f"{min(len(prompt.ids) for prompt in prompts)} tokens, and {longest} are left"
+        raise ValueError(f"{path}: the shortest prompt has {sizes} beside --max-new-tokens")
     if len(problems) < len(rows):
         tqdm.write(f"left out {len(rows) - len(problems)} {split} prompts: too long")
     return problems

@@ -732,7 +732,7 @@ def test_end_tokens_are_collected(of_generation, of_tokenizer, template, ends):
     tokenizer, model = bpe_tokenizer(template, end=of_tokenizer), copy.deepcopy(MODEL)
     model.generation_config.eos_token_id = of_generation
     prompts = gainrl.encode_prompts(tokenizer, QUESTIONS)
-    assert gainrl.end_tokens(model, tokenizer, prompts).tolist() == ends
+    assert gainrl.end_tokens(model, tokenizer, prompts[0]).tolist() == ends
 
 
 def test_sampling_follows_the_softmax_and_ignores_the_generation_config():
@@ -1373,7 +1373,7 @@ def test_the_context_ends_where_rotary_embeddings_switch(tmp_path, monkeypatch):
     TOKENIZER.save_pretrained(tmp_path)
     calls, data = spy(monkeypatch, "load_problems"), write_dataset(tmp_path / "data", ROWS[:8])
     gainrl.load_task(tiny_config(model=str(tmp_path), dataset=str(data)))
-    assert [inputs[-2:] for inputs in calls] == [(512, 64)] * 2
+    assert [inputs[-1] for inputs in calls] == [512 - 64] * 2
 
 
 # --- 9. Kills and resumes -------------------------------------------------------------------------
@@ -1630,7 +1630,7 @@ def test_every_number_out_of_range_is_refused_by_flag(setting):
 def test_a_bad_row_is_refused_by_file_and_line(tmp_path, row, split):
     data = write_dataset(tmp_path / "data", [*ROWS[:2], "", row, *ROWS], [ROWS[0], "", "", row])
     with pytest.raises(ValueError, match=re.escape(f"{data}/{split}.jsonl:4: ")):
-        gainrl.load_problems(WORLD_TOKENIZER, str(data), split, 512, 64)
+        gainrl.load_problems(WORLD_TOKENIZER, str(data), split, 448)
 
 
 @pytest.mark.parametrize(

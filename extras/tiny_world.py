@@ -33,7 +33,7 @@ import transformers
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from gainrl import EXAMPLE_ANSWER, EXAMPLE_QUESTION, SYSTEM_PROMPT, encode_prompts, run_backbone
+from gainrl import build_messages, encode_prompts, run_backbone
 
 NAMES = ["Ann", "Ben", "Cid", "Dee", "Eve", "Fay", "Gus", "Hal"]
 THINGS = ["apples", "birds", "cards", "dolls", "eggs", "figs"]
@@ -134,7 +134,7 @@ def tiny_tokenizer(problems, opening=""):
     # With invert=True the regex matches the tokens, and what is between them is removed.
     words.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokens, "removed", invert=True)
     texts = [f"{problem['question']} {problem['answer']}" for problem in problems]
-    texts += [f"system {SYSTEM_PROMPT}", f"user {EXAMPLE_QUESTION}", f"assistant {EXAMPLE_ANSWER}"]
+    texts += [f"{message['role']} {message['content']}" for message in build_messages(".")]
     trainer = tokenizers.trainers.WordLevelTrainer(
         special_tokens=[PAD, END, BEGIN], show_progress=False
     )
