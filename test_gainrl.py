@@ -38,6 +38,8 @@ from extras.tiny_world import BEGIN, CHAT_TEMPLATE, END, PAD
 torch.set_num_threads(1)  # as the tiny preset does: on busy cores, waiting threads spin
 SHARED = Path(__file__).resolve().parent.parent / "shared"
 WORLD = gainrl.find_folder(gainrl.TINY_WORLD)
+ROOT = Path(gainrl.__file__).parent
+README = (ROOT / "README.md").read_text()
 QUESTIONS = [
     "Ann has 3 apples and buys 4 more. How many apples has she?",
     "What is 2+2?",  # the prefix's own example
@@ -431,55 +433,48 @@ def test_invalid_arguments_of_the_curriculum_are_refused(scores, batch_size, opt
         gainrl.GaussianCurriculum(scores, batch_size, **options)
 
 
-def make_curriculum(flags="", n_questions=7473):
-    """The curriculum of a command line, for five questions or for random scores."""
-    C, tokens = torch.rand(n_questions), torch.arange(n_questions)
-    if n_questions == 5:
-        C, tokens = torch.tensor([0.4, 0.9, 0.1, 0.7, 0.7]), torch.tensor([30, 10, 20, 50, 40])
-    config = gainrl.parse_config(["--preset", "gsm8k", *flags.split()])
-    return gainrl.make_curriculum(config, gainrl.Scores(C, C, C, tokens))
-
-
-def test_each_arm_sorts_by_its_own_score():
-    """`angle` puts high C first and `length` short questions. `uniform` ignores the ranks."""
-    scores = torch.tensor([1, 3, 2, 3, 1, 3] * 20)  # ties keep their order
-    by_hand = sorted(range(120), key=lambda index: (-scores[index], index))
-    assert gainrl.GaussianCurriculum(scores, 2).order.tolist() == by_hand
-    flags = "--prompts-per-step 2 --curriculum"
-    assert make_curriculum(f"{flags} angle", 5).order.tolist() == [1, 3, 4, 0, 2]
-    assert make_curriculum(f"{flags} length", 5).order.tolist() == [1, 2, 0, 4, 3]
-    uniform = make_curriculum(f"{flags} uniform", 5)
-    assert uniform.probabilities().tolist() == pytest.approx([1 / 5] * 5)
-    seeds = ("shuffled", "shuffled", "shuffled --seed 1")
-    shuffled, again, other = (make_curriculum(f"{flags} {arm}") for arm in seeds)
-    assert sorted(shuffled.order.tolist()) == list(range(7473))  # by the seed alone
-    assert shuffled.order.equal(again.order) and not shuffled.order.equal(other.order)
-    pair = torch.stack([shuffled.order.double(), torch.arange(7473.0).double()])
-    assert abs(torch.corrcoef(pair)[0, 1].item()) < 0.06
-    with pytest.raises(KeyError, match="angel"):
-        gainrl.make_curriculum(tiny_config(curriculum="angel"), gainrl.Scores(*torch.rand(4, 40)))
-
-
 def S(z):
     """The paper writes the move of the mean with sigmoids: S(z) = tanh(z)."""
     return 2 / (1 + math.exp(-2 * z)) - 1
 
 
-def test_the_defaults_are_the_constants_of_the_authors_code_and_flags_replace_them():
-    """On GSM8K n = 500, sigma = 1000, beta = 0.5 and alpha = gamma = 2. Other data sets scale n and
-    sigma."""
-    curriculum = make_curriculum()
-    first = curriculum.update(0.8, 0.3)
-    assert first == pytest.approx(500 * (S(2 * 0.3) + S(2 * 0.3)))
-    assert curriculum.update(0.3, 0.4) == pytest.approx(first + 500 * (S(2 * -0.2) + S(2 * 0.4)))
-    assert curriculum.sigma == pytest.approx(1000)
-    small = make_curriculum(n_questions=747)
-    assert small.update(0.8, 0.3) == pytest.approx(747 / 7473 * 1000 * S(2 * 0.3))
-    assert small.sigma == pytest.approx(747 / 7473 * 1000)
-    flags = "--stride 40 --sigma 300 --target-accuracy 0.2 --alpha 3 --gamma 0.5"
-    given = make_curriculum(flags)
-    assert given.update(0.6, 0.3) == pytest.approx(40 * (S(3 * 0.4) + S(0.5 * 0.3)))
-    assert given.sigma == 300
+# The authors' constants for GSM8K: the setting, its symbol in the header, its value there and in
+# the README.
+PUBLISHED = [
+    ("prompts_per_step", "P", 32, "32 questions a batch"),
+    ("group_size", "G", 8, None),
+    ("max_new_tokens", "L", 512, "512 new"),
+    ("target_accuracy", "beta", 0.5, None),
+    ("alpha", "alpha, gamma", 2, None),
+    ("gamma", "alpha, gamma", 2, "gamma = 2"),
+    ("clip_eps", "epsilon", 0.2, None),
+    ("lr", None, 1e-6, "a learning rate of 1e-6"),
+    ("kl_coef", None, 0.001, None),
+    ("updates", None, 1, None),
+    ("steps", None, 200, None),
+]
+
+
+@pytest.mark.parametrize("name, symbol, value, in_readme", PUBLISHED)
+def test_the_defaults_are_those_of_the_header_and_the_readme(name, symbol, value, in_readme):
+    assert getattr(gainrl.parse_config(["--preset", "gsm8k"]), name) == value
+    if symbol:
+        (row,) = re.findall(f"^    {symbol}  .*", gainrl.__doc__, re.MULTILINE)
+        assert name in row and row.split()[-1] == str(value)
+    assert (in_readme or "") in " ".join(README.split())
+
+
+def test_n_and_sigma_are_500_and_1000_ranks_of_gsm8k_and_scale_with_the_data():
+    assert "n = 500 and sigma = 1000 of GSM8K's 7,473 ranks" in " ".join(README.split())
+    assert "500 ranks" in gainrl.__doc__ and "1000 ranks" in gainrl.__doc__
+    for N in (7473, 747):
+        curriculum = gainrl.GaussianCurriculum(torch.rand(N), 8)
+        assert curriculum.sigma == pytest.approx(1000 * N / 7473)
+        assert curriculum.update(0.8, 0.3) == pytest.approx(500 * N / 7473 * 2 * S(2 * 0.3))
+    for preset, settings in gainrl.PRESETS.items():
+        assert asdict(gainrl.Config(**settings)) == {**asdict(gainrl.Config()), **settings}, preset
+    with pytest.raises(KeyError, match="angel"):
+        gainrl.make_curriculum(tiny_config(curriculum="angel"), gainrl.Scores(*torch.rand(4, 40)))
 
 
 # --- 5. Answers and rewards -----------------------------------------------------------------------
@@ -647,57 +642,16 @@ def test_advantages_are_z_scores_within_each_group_and_exactly_zero_in_flat_grou
         gainrl.group_advantages(torch.ones(3, 1))
 
 
-@pytest.mark.parametrize(
-    "temperature, padding, chunk, n_shared",
-    [(1.0, 0, 512, 1), (0.6, 7, 3, 1), (0.6, 0, 512, 3), (1.0, 3, 1, 3)],
-)
-def test_logprobs_are_those_of_each_row_alone(monkeypatch, temperature, padding, chunk, n_shared):
-    """The oracle is the log-softmax of all logits of the unpadded row. Padding, chunks of logits,
-    and prompts that are run once for a group change neither values nor gradients."""
-    monkeypatch.setattr(gainrl, "LOGIT_CHUNK", chunk)
-    L, prompt_lengths, n_tokens = 5, (7, 4), (5, 3)  # in rows 3 to 5 the last 2 tokens are masked
-    width = padding + max(prompt_lengths) + L
-    ids, attention_mask = torch.zeros(6, width).long(), torch.zeros(6, width).bool()
-    by_hand, random = torch.zeros(6, L), seeded(1)
-    prompts = [torch.randint(3, 300, (length,), generator=random) for length in prompt_lengths]
-    for row in range(6):
-        n = n_tokens[row // 3]
-        whole = torch.cat([prompts[row // 3], torch.randint(3, 300, (L,), generator=random)])
-        ids[row, -len(whole) :] = whole
-        attention_mask[row, -len(whole) : width - L + n] = True
-        table = (MODEL(input_ids=whole[None]).logits[0] / temperature).log_softmax(-1)
-        by_hand[row, :n] = table[:-1].gather(1, whole[1:, None])[-L:][:n, 0]
-
-    model, sizes = copy.deepcopy(MODEL), []
-    model.lm_head.register_forward_hook(lambda *call: sizes.append(len(call[2])))
-    inputs = ids, attention_mask, L, temperature, torch.arange(6) // n_shared
-    found = gainrl.completion_logprobs(model, *inputs)
-    assert max(sizes) <= chunk and sum(sizes) == 3 * sum(n_tokens)
-    assert found.dtype == torch.float32
-    torch.testing.assert_close(found, by_hand, rtol=0, atol=1e-5)
-    weights = torch.linspace(-1, 1, 6 * L).view(6, L)  # they tell the tokens apart
-    gradients = torch.autograd.grad((found * weights).sum(), list(model.parameters()))
-    expected = torch.autograd.grad((by_hand * weights).sum(), list(MODEL.parameters()))
-    for a, b in zip(gradients, expected):
-        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
-
-
-def test_greedy_completions_are_those_of_model_generate():
-    """The end token is part of a completion, also if pad = eos. A mask made from token ids would
-    drop it, and the model would never learn to stop."""
-    tokenizer, config = bpe_tokenizer(pad=END), tiny_config(max_new_tokens=24)
-    rollout = gainrl.generate(STOPPING_MODEL, tokenizer, PROMPTS, config)
-    scores = gainrl.score_prompts(STOPPING_MODEL, PROMPTS)
-    assert rollout.concentration == pytest.approx(scores.concentration.mean().item(), abs=1e-5)
-    for row, prompt in enumerate(PROMPTS):
-        ids = torch.tensor([prompt.ids])
-        options = {"do_sample": False, "max_new_tokens": 24, "pad_token_id": 0}
-        (expected,) = STOPPING_MODEL.generate(ids, attention_mask=torch.ones_like(ids), **options)
-        completion = expected[len(prompt.ids) :]
-        assert rollout.ids[row][rollout.attention_mask[row]].tolist() == expected.tolist()
-        assert rollout.completion_mask[row].sum() == len(completion)
-        assert rollout.texts[row] == tokenizer.decode(completion, skip_special_tokens=True)
-    assert len(rollout.completion_mask.sum(1).unique()) > 1  # rows end at different steps
+def test_the_logits_of_a_long_batch_are_not_kept_for_the_backward_pass(rollout, monkeypatch):
+    monkeypatch.setattr(gainrl, "LOGIT_CHUNK", 8)
+    shapes, length = [], rollout.completion_mask.shape[1]
+    inputs = rollout.ids, rollout.attention_mask, length, 1.0, torch.arange(8) // 4
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda x: shapes.append(x.shape) or x, lambda x: x
+    ):
+        logprobs = gainrl.completion_logprobs(copy.deepcopy(STOPPING_MODEL), *inputs)
+    assert logprobs.dtype == torch.float32 and rollout.completion_mask.sum() > 3 * 8
+    assert len(shapes) > 20 and not any(shape[-1:] == (len(TOKENIZER),) for shape in shapes)
 
 
 def test_finished_rows_leave_the_batch_and_a_cpu_uses_no_cuda_graph(monkeypatch):
@@ -778,18 +732,12 @@ FAMILIES = {
 def test_models_of_many_families_run_in_parts_as_in_one(family):
     """The oracle is the model's own forward pass over each whole row, alone."""
     model = random_model(len(TOKENIZER), family=family, **FAMILIES[family])
-    gainrl.check_model(model, PROMPTS[0])
+    gainrl.check_model(model, PROMPTS[0])  # compares log-probabilities
     rollout = gainrl.generate(model, TOKENIZER, PROMPTS[:3], tiny_config(max_new_tokens=5), 2)
-    inputs = rollout.ids, rollout.attention_mask, rollout.completion_mask.shape[1]
-    logprobs = gainrl.completion_logprobs(model, *inputs, 1.0, torch.arange(6) // 2)
-    for row in range(6):
-        alone = rollout.ids[row][rollout.attention_mask[row]]
-        n_tokens = rollout.completion_mask[row].sum()
-        table = model(input_ids=alone[None]).logits[0].log_softmax(-1)[-n_tokens - 1 : -1]
-        by_hand = table.gather(1, alone[-n_tokens:, None])[:, 0]
-        found = logprobs[row][rollout.completion_mask[row]]
-        torch.testing.assert_close(found, by_hand, rtol=0, atol=1e-4)
-        assert table.argmax(-1).equal(alone[-n_tokens:])  # the greedy completion
+    for ids, mask, in_completion in zip(*rollout[:3]):
+        alone, n_tokens = ids[mask], in_completion.sum()
+        greedy = model(input_ids=alone[None]).logits[0, -n_tokens - 1 : -1].argmax(-1)
+        assert greedy.equal(alone[-n_tokens:])
     scores = gainrl.score_prompts(model, PROMPTS)
     for row, (ids, start, end) in enumerate(PROMPTS):
         hidden = model.base_model(input_ids=torch.tensor([ids])).last_hidden_state
@@ -910,7 +858,17 @@ def test_weights_stay_float32_under_bfloat16_products(rollout, monkeypatch):
         model = copy.deepcopy(STOPPING_MODEL)
         optimizer = torch.optim.SGD(model.parameters(), lr=1e-6)
         inputs = model, STOPPING_MODEL, optimizer, rollout, ADVANTAGES, config
-        norms.append(gainrl.grpo_update(*inputs)["grad_norm"])
+        dtypes = []
+        cross_entropy = F.cross_entropy
+
+        def note_dtype(logits, *others, **named):
+            dtypes.append(logits.dtype)
+            return cross_entropy(logits, *others, **named)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(F, "cross_entropy", note_dtype)
+            norms.append(gainrl.grpo_update(*inputs)["grad_norm"])
+        assert set(dtypes) == {torch.float32}
         assert not torch.equal(model.lm_head.weight, STOPPING_MODEL.lm_head.weight)
     assert norms[0] != norms[1] == pytest.approx(norms[0], rel=0.1)
 
@@ -1156,8 +1114,9 @@ def toy(tmp_path_factory):
         rows.append({"question": story, "answer": f"#### {k * 7 % 4}"})
     for name, seed, train in (("one", 0, rows[:10]), ("other", 1, rows[3:])):
         write_dataset(folder / name, train, rows[:2:-1])
-        random_model(len(TOKENIZER), seed, eos_token_id=END_TOKENS).save_pretrained(folder / name)
-        TOKENIZER.save_pretrained(folder / name)
+        ends = END_TOKENS[1:]  # without the template's and the tokenizer's
+        random_model(len(TOKENIZER), seed, eos_token_id=ends).save_pretrained(folder / name)
+        bpe_tokenizer(pad=END).save_pretrained(folder / name)  # an end token is not padding
     return {
         "model": str(folder / "one"),
         "dataset": str(folder / "one"),
@@ -1240,6 +1199,7 @@ def test_a_run_agrees_with_the_naive_run(toy, naive_base, run, monkeypatch, sett
             settings = {name: toy[name].replace("one", settings[name])}
     config = gainrl.Config(**{**toy, **settings}, run_dir=str(run))
     monkeypatch.setattr(gainrl, "reward", toy_reward)
+    monkeypatch.setattr(gainrl, "LOGIT_CHUNK", 5)
     gainrl.train(config)
     naive = run_naively(config) if settings else naive_base
     assert_agrees(run, config, naive)
@@ -1277,6 +1237,8 @@ def test_every_setting_has_a_test(toy, run, monkeypatch):
     assert [path.name for path, _ in saved].count("state.pt") == 3
     assert len(updates) - n_updates > n_updates
     assert gainrl.train(gainrl.Config(**toy, resume=str(run))) == run
+    exported = read_json(run / "model" / "generation_config.json")
+    assert exported["eos_token_id"] == END_TOKENS  # so that others stop where training did
     with pytest.raises(ValueError, match="abacus"):
         gainrl.train(gainrl.Config(**{**toy, "device": "abacus"}))
 
@@ -1362,6 +1324,20 @@ def test_without_steps_a_run_only_scores_and_ranks(small_run, tmp_path, run, cap
     assert gainrl.spearman(C, tokens) == pytest.approx(pearson_of_ranks(C, tokens))
     assert len(tokens.unique()) < 40
     assert gainrl.spearman(torch.ones(5), torch.arange(5)) == 0
+
+
+def test_a_loaded_model_has_float32_weights_and_no_attention_of_cudnn(tmp_path, monkeypatch):
+    threads = []
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
+    TOKENIZER.save_pretrained(tmp_path)
+    for vocab_size, expected in ((400, [1]), (40_000, [])):  # small models need one thread only
+        random_model(vocab_size).bfloat16().save_pretrained(tmp_path)
+        torch.backends.cuda.enable_cudnn_sdp(True)
+        model, _ = gainrl.load_model(str(tmp_path), "cpu")
+        assert {weight.dtype for weight in model.parameters()} == {torch.float32}
+        assert not torch.backends.cuda.cudnn_sdp_enabled() and not model.training
+        assert threads == expected
+        threads.clear()
 
 
 def test_the_context_ends_where_rotary_embeddings_switch(tmp_path, monkeypatch):
@@ -1533,6 +1509,9 @@ def test_a_full_disk_ends_the_run_and_keeps_the_last_checkpoint(copied_run, capf
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert str(path) in line and "--resume" in line
     assert path.read_bytes() == before
+    assert [file.name for file in path.parent.iterdir()] == [
+        "state.pt"
+    ]  # no rest of the failed one
 
 
 CUDA_ERROR = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
@@ -1569,13 +1548,15 @@ def test_out_of_memory_and_a_nan_loss_give_one_line(copied_run, monkeypatch, cap
     "flags, named",
     [
         ("--curriculum best", "best"),
-        ("--max-new-tokens 500", "--max-new-tokens"),
+        ("--max-new-tokens 500", "68 tokens, and 12 are left beside --max-new-tokens"),
         ("--lr much", "--lr"),
         ("--no-such-flag 1", "--no-such-flag"),
         ("--temp 1", "--temp"),  # no abbreviations
         ("--seed 18446744073709551616", "--seed 18446744073709551616"),
         ("--device abacus", "--device abacus"),
         ("--model no/such-model", "--model no/such-model"),
+        ("--model ./no/such/dir", "no folder no/such/dir"),
+        ("--dataset {file}", "no folder {file}"),
         ("--model {empty}", "--model {empty}"),
         ("--model extras/tiny-world", "--dataset needs another --model"),
         ("--dataset no/such-data", "--dataset no/such-data"),
@@ -1628,9 +1609,25 @@ def test_every_number_out_of_range_is_refused_by_flag(setting):
     ],
 )
 def test_a_bad_row_is_refused_by_file_and_line(tmp_path, row, split):
+    """The message says what a row must be."""
     data = write_dataset(tmp_path / "data", [*ROWS[:2], "", row, *ROWS], [ROWS[0], "", "", row])
-    with pytest.raises(ValueError, match=re.escape(f"{data}/{split}.jsonl:4: ")):
+    with pytest.raises(
+        ValueError, match=re.escape(f"{data}/{split}.jsonl:4: must be a JSON object")
+    ):
         gainrl.load_problems(WORLD_TOKENIZER, str(data), split, 448)
+
+
+def test_files_in_other_encodings_and_without_rows_are_refused_and_a_utf_8_mark_is_not(tmp_path):
+    path = write_dataset(tmp_path / "data", ROWS[:3]) / "train.jsonl"
+    text = path.read_text()
+    for content, reason in (("\n \n", "no rows"), ("", "no rows"), (text, "jsonl:1: .* UTF-8")):
+        for encoding in ("utf-8", "utf-16", "utf-16-le") if content == text else ("utf-8",):
+            path.write_bytes(content.encode(encoding))
+            if (content, encoding) != (text, "utf-8"):
+                with pytest.raises(ValueError, match=reason):
+                    gainrl.load_problems(WORLD_TOKENIZER, str(path.parent), "train", 448)
+    path.write_bytes(text.encode("utf-8-sig"))
+    assert len(gainrl.load_problems(WORLD_TOKENIZER, str(path.parent), "train", 448)) == 3
 
 
 @pytest.mark.parametrize(
