@@ -9,12 +9,14 @@ chi-square tests and `model.generate`. No expected value was recorded from the c
 import concurrent.futures
 import copy
 import functools
+import importlib.metadata
 import itertools
 import json
 import math
 import os
 import re
 import resource
+import shlex
 import shutil
 import subprocess
 import sys
@@ -849,8 +851,12 @@ def test_what_is_not_finite_stops_before_the_weights_change(rollout, what):
     assert all(map(torch.equal, model.parameters(), STOPPING_MODEL.parameters()))
 
 
-def test_weights_stay_float32_under_bfloat16_products(rollout, monkeypatch):
+def test_weights_and_logits_stay_float32_under_bfloat16_products(rollout, monkeypatch):
     assert not gainrl.mixed_precision(torch.device("cpu"))._enabled
+    dtypes, cross_entropy = [], F.cross_entropy
+    monkeypatch.setattr(
+        F, "cross_entropy", lambda x, *y, **z: dtypes.append(x.dtype) or cross_entropy(x, *y, **z)
+    )
     norms, config = [], tiny_config(updates=2, kl_coef=0.1)
     for enabled in (False, True):
         context = functools.partial(torch.autocast, "cpu", torch.bfloat16, enabled)
@@ -858,19 +864,10 @@ def test_weights_stay_float32_under_bfloat16_products(rollout, monkeypatch):
         model = copy.deepcopy(STOPPING_MODEL)
         optimizer = torch.optim.SGD(model.parameters(), lr=1e-6)
         inputs = model, STOPPING_MODEL, optimizer, rollout, ADVANTAGES, config
-        dtypes = []
-        cross_entropy = F.cross_entropy
-
-        def note_dtype(logits, *others, **named):
-            dtypes.append(logits.dtype)
-            return cross_entropy(logits, *others, **named)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(F, "cross_entropy", note_dtype)
-            norms.append(gainrl.grpo_update(*inputs)["grad_norm"])
-        assert set(dtypes) == {torch.float32}
+        norms.append(gainrl.grpo_update(*inputs)["grad_norm"])
         assert not torch.equal(model.lm_head.weight, STOPPING_MODEL.lm_head.weight)
     assert norms[0] != norms[1] == pytest.approx(norms[0], rel=0.1)
+    assert set(dtypes) == {torch.float32}
 
 
 # --- 8. Whole runs --------------------------------------------------------------------------------
@@ -1475,6 +1472,20 @@ def test_of_twenty_starts_in_one_named_directory_one_runs(name, tmp_path, monkey
     assert all("runs/mine" in error for error in errors)
 
 
+def test_a_resumed_run_finds_its_folders_from_anywhere_and_accepts_moved_ones(
+    copied_run, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(WORLD, "moved")
+    config = gainrl.Config(model="moved", dataset="moved")
+    assert config.model == config.dataset == str(tmp_path / "moved")
+    assert tiny_config().model == gainrl.TINY_WORLD  # so a clone can be moved
+    settings = read_json(copied_run / "config.json")
+    (copied_run / "config.json").write_text(json.dumps({**settings, "model": "/gone"}))
+    assert command("--resume", "copied", "--model", "moved") == 0
+    assert read_json(copied_run / "config.json")["model"] == str(tmp_path / "moved")
+
+
 def test_only_memory_and_length_may_change_on_resume(copied_run, whole_run, capfd, monkeypatch):
     before, settings = file_contents(copied_run), read_json(copied_run / "config.json")
     others = {"preset": "gsm8k", "curriculum": "length", "sigma": 7.5, "stride": 7.5}
@@ -1648,6 +1659,37 @@ def test_an_unusable_model_is_refused(small_run, tmp_path, run, capfd, model, to
     line = refusal(capfd, *small_run, "--model", folder, "--run-dir", run)
     assert reason in line and str(folder) in line
     assert not run.exists()
+
+
+def test_a_lora_adapter_is_refused_but_a_model_with_one_can_be_scored(tmp_path):
+    peft = pytest.importorskip("peft")
+    random_model(len(TOKENIZER)).save_pretrained(tmp_path / "base")
+    base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    model = peft.get_peft_model(base, peft.LoraConfig(target_modules=["q_proj"]))
+    scores, expected = (gainrl.score_prompts(x, PROMPTS) for x in (model, MODEL))
+    assert scores.concentration.tolist() == pytest.approx(expected.concentration.tolist())
+    model.save_pretrained(tmp_path / "adapter")
+    TOKENIZER.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ValueError, match="merge a LoRA adapter"):
+        gainrl.load_model(str(tmp_path / "adapter"), "cpu")
+
+
+@pytest.mark.parametrize("streams", [">log", ">&- 2>&-"])
+def test_printing_never_ends_a_run(small_run, tmp_path, streams):
+    """Neither a console that cannot print a path nor closed streams."""
+    words = shlex.join([sys.executable, gainrl.__file__, *small_run, "--steps", "0"])
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    line = f"{words} --run-dir 运行 {streams}"
+    subprocess.run(["sh", "-c", line], cwd=tmp_path, env=environment, check=True)
+    assert (tmp_path / "运行" / "scores.jsonl").exists()
+
+
+def test_readme_and_requirements_name_the_oldest_python_that_can_install_them():
+    oldest = importlib.metadata.metadata("transformers")["Requires-Python"]
+    number = re.fullmatch(r">=(\d+\.\d+)\.0", oldest)[1]
+    assert f"Python {number} or later" in README
+    assert f"Python {number} or later" in (ROOT / "requirements.txt").read_text()
+    assert f"py{number.replace('.', '')}" in (ROOT / "ruff.toml").read_text()
 
 
 @pytest.mark.parametrize(
