@@ -16,7 +16,8 @@ NeurIPS 2025) chooses the questions with a signal read from the model itself:
         batch 10  |              .--==#####==--.                            |
         batch 25+ |                                                 .--==###|
 
-(With the defaults, C = 0.85 and accuracy 1/3. It took the authors' runs about 16 of 200 batches.)
+This is the pace of the defaults at C = 0.85 and accuracy 1/3, out of 200 batches.
+
 The paper claims that aligned token vectors predict large gradients. Section 5 says what of this is
 exact, and extras/STUDY.md tests the rest.
 
@@ -145,8 +146,6 @@ class Config:
                 raise ValueError(f"{flag(name)} {value}: must be from {low} to {high}")
         if self.model == TINY_WORLD and self.dataset != TINY_WORLD:
             raise ValueError("--dataset needs another --model: the tiny one knows only its words")
-        if self.resume and self.run_dir:
-            raise ValueError("--resume and --run-dir: give only one")
         if self.run_dir and Path(self.run_dir).exists():
             raise ValueError(f"--run-dir {self.run_dir} exists: use a new name or --resume")
         for name in ("model", "dataset"):  # absolute, so that --resume works in any directory
@@ -207,7 +206,7 @@ def train(config):
 
 
 # --- 4. The task: prompts, answers, reward
-# To copy this section alone, import contextlib, re, namedtuple.
+# Needs contextlib, re, Decimal, namedtuple.
 #
 # A rendered prompt, with its question in [brackets]:
 #   <|im_start|>system Solve ... What is 2+2? ... <|im_start|>user [Ben has 6 cards. ... How many
@@ -580,7 +579,6 @@ def compute_gradient(model, reference, rollout, advantages, old_logprobs, config
         attention_mask = rollout.attention_mask[rows][:, used]
         mask = rollout.completion_mask[rows][:, used[prompt_length:]]
         length = mask.shape[1]
-
         inputs = (ids, attention_mask, length, config.temperature, rows // group_size)
         logprobs = completion_logprobs(model, *inputs)
         all_logprobs[rows, :length] = logprobs.detach()
@@ -589,8 +587,8 @@ def compute_gradient(model, reference, rollout, advantages, old_logprobs, config
             with torch.no_grad():
                 kl_terms = (completion_logprobs(reference, *inputs), config.kl_coef)
         old = (all_logprobs if old_logprobs is None else old_logprobs)[rows, :length]
-        policy = (logprobs, old, advantages[rows], mask, config.clip_eps)
-        loss, loss_stats = grpo_loss(*policy, *kl_terms)
+        inputs = (logprobs, old, advantages[rows], mask, config.clip_eps)
+        loss, loss_stats = grpo_loss(*inputs, *kl_terms)
         share = lengths[rows].sum().item() / n_tokens
         (loss * share).backward()
         for name, value in {"loss": loss.item(), **loss_stats}.items():
@@ -948,8 +946,8 @@ class RunFolder:
         self.append("metrics", row)
         if step % self.config.eval_every == 0 or step == self.config.steps:
             group = list(zip(rollout.texts, rewards[0].tolist()))  # zip stops after one group
-            question = batch[0]["question"]
-            self.append("samples", {"step": step, "question": question, "completions": group})
+            row = {"step": step, "question": batch[0]["question"], "completions": group}
+            self.append("samples", row)
 
     def record_evaluation(self, step, result):
         self.append("metrics", {"step": step, **result})
@@ -966,12 +964,11 @@ class RunFolder:
 
     def finish(self, model, tokenizer):
         """Write model/ and print the accuracy before and after."""
-        folder = self.path / "model"
-        with explain(f"cannot write {folder}: make room, then --resume", OSError):
-            model.save_pretrained(folder)
-            tokenizer.save_pretrained(folder)
-        results = [row for row in self.logs["metrics"] if "eval_accuracy" in row]
-        tqdm.write(f"before: {describe(results[0])}, after: {describe(results[-1])}")
+        with explain(f"cannot write {self.path}/model: make room, then --resume", OSError):
+            model.save_pretrained(self.path / "model")
+            tokenizer.save_pretrained(self.path / "model")
+        results = [describe(row) for row in self.logs["metrics"] if "eval_accuracy" in row]
+        tqdm.write(f"before: {results[0]}, after: {results[-1]}")
 
 
 def create_directory(config):
@@ -1049,9 +1046,8 @@ def parse_config(argv=None):
     given = {k: v for k, v in vars(parser.parse_args(argv, unset)).items() if v is not None}
     if "resume" in given:
         settings = read_config(given["resume"])
-        may_change = {"steps", "micro_batch", "checkpoint_every", "run_dir", "resume"}
-        for name in given.keys() - may_change:
-            old, new = settings[name], given[name]
+        for name in given.keys() - {"steps", "micro_batch", "checkpoint_every", "resume"}:
+            old, new = settings.get(name, given["resume"]), given[name]
             is_moved = name in ("model", "dataset") and os.path.isabs(old) and Path(new).is_dir()
             if new != old and not is_moved:
                 raise ValueError(f"{flag(name)}: the resumed run keeps {old}")

@@ -492,15 +492,10 @@ READ = [entry.split(" => ") for entry in re.split(r"  |\n", READ) if entry]
 READ = {" 42\n": Decimal(42), **{notation: Decimal(number) for notation, number in READ}}
 # All of these mean "no answer".
 UNREAD = r"""
-1,00  3,5  0,5000  12,34,567  1,0000  1000,000  1.000,00  1,000 000  1, 000  ,000  1{,}00  1_000
-1 000  1~000  1\,000  1,\!000  1'000  1.2.3  .5  5..  1e5  0x10  5²  2½  \sqrt{4}  5\pi  |5|
-1/2  \frac{1}{2}  2\frac{1}{2}  5!  2^3  5-3  40+2=42  x = -8  <5  \le 5  ≈5  5+  ±5  5\times2
-5k  5M  5 million  3 dozen  5 apples  5 cm  5°  5^\circ  5\text{ km/h}  5%%  %5  5$  $$5
-3 to 5  3 or 5  3, 5  (1, 2)  5 of 10  3:30  5(6)  1 2  5 = 5  5\\6
---8  +8  - 8  -(-8)  8-  -  $-8  −8  –8  minus 8  (8)  [8]  {8}  (8
-five  about 5  5th  #5  no 5  NaN  inf  Infinity  \text{9}  \mathbf{9}  "9"  **9**
-٣  ５  五  5٣  1٬000  ⑤  5̅
-.  $  ,  %  {}  \text{}
+1,00  3,5  12,34,567  1000,000  1.000,00  1 000  1\,000  1'000  1.2.3  .5  5..  1e5  5²  \sqrt{4}
+1/2  \frac{1}{2}  5!  2^3  5-3  40+2=42  x = -8  <5  ±5  5k  5 apples  5\text{ km/h}  5%%  $$5
+3 to 5  3, 5  (1, 2)  3:30  1 2  5\\6  --8  +8  - 8  8-  -  −8  (8)  {8}  (8  five  #5  NaN  inf
+\text{9}  "9"  ٣  ５  5٣  ⑤  .  $  ,  {}
 """
 UNREAD = [notation for notation in re.split(r"  |\n", UNREAD) if notation]
 
@@ -602,17 +597,6 @@ def test_the_loss_by_hand_on_both_sides_of_the_clip():
     assert with_kl.item() == pytest.approx(loss.item() + 0.5 * k3)
 
 
-def test_the_gradient_of_the_loss_equals_finite_differences():
-    torch.manual_seed(0)
-    old, reference, x = (torch.randn(3, 4, dtype=torch.float64) for _ in range(3))
-    mask, advantages = torch.rand(3, 4) > 0.3, torch.randn(3, dtype=torch.float64)
-
-    def loss(x):
-        return gainrl.grpo_loss(x, old, advantages, mask, 0.2, reference, 0.3)[0]
-
-    assert torch.autograd.gradcheck(loss, x.requires_grad_())
-
-
 @pytest.mark.parametrize("dtype", [torch.bool, torch.long, torch.float32])
 def test_an_infinity_behind_the_mask_affects_neither_loss_nor_gradient(dtype):
     """exp(200) is infinite in float32."""
@@ -689,19 +673,6 @@ def test_end_tokens_are_collected(of_generation, of_tokenizer, template, ends):
     model.generation_config.eos_token_id = of_generation
     prompts = gainrl.encode_prompts(tokenizer, QUESTIONS)
     assert gainrl.end_tokens(model, tokenizer, prompts[0]).tolist() == ends
-
-
-def test_sampling_follows_the_softmax_and_ignores_the_generation_config():
-    """A hub model's generation_config may ask for top_k, top_p or a penalty. The log-probabilities
-    of such samples would be wrong."""
-    model, config = copy.deepcopy(MODEL), tiny_config(max_new_tokens=1, temperature=1.7)
-    model.generation_config.update(do_sample=True, top_k=1, top_p=0.1, repetition_penalty=5.0)
-    rollout = gainrl.generate(model, TOKENIZER, PROMPTS[:1], config, 4000, seeded())
-    with torch.no_grad():
-        logits = model(input_ids=torch.tensor([PROMPTS[0].ids])).logits[0, -1]
-    counts = torch.bincount(rollout.ids[:, -1], minlength=len(logits))
-    assert is_draw_from(counts, (logits / 1.7).softmax(-1))
-    assert not is_draw_from(counts, logits.softmax(-1))
 
 
 def test_a_token_of_probability_zero_is_never_drawn(monkeypatch):
@@ -1066,7 +1037,8 @@ def small_run(tmp_path_factory):
     """The flags of a run of seconds. A later flag replaces an earlier one."""
     data = write_dataset(tmp_path_factory.mktemp("small") / "data", ROWS)
     sizes = "--device cpu --prompts-per-step 4 --group-size 4 --max-new-tokens 40 --eval-every 3"
-    return f"--preset tiny --model {WORLD} --dataset {data} {sizes} --checkpoint-every 1".split()
+    sizes += " --checkpoint-every 1 --kl-coef 0.01"
+    return f"--preset tiny --model {WORLD} --dataset {data} {sizes}".split()
 
 
 @pytest.fixture(scope="session")
@@ -1112,7 +1084,10 @@ def toy(tmp_path_factory):
     for name, seed, train in (("one", 0, rows[:10]), ("other", 1, rows[3:])):
         write_dataset(folder / name, train, rows[:2:-1])
         ends = END_TOKENS[1:]  # without the template's and the tokenizer's
-        random_model(len(TOKENIZER), seed, eos_token_id=ends).save_pretrained(folder / name)
+        model = random_model(len(TOKENIZER), seed, eos_token_id=ends)
+        # What a hub model's generation_config may ask for is ignored.
+        model.generation_config.update(do_sample=True, top_k=1, repetition_penalty=5.0)
+        model.save_pretrained(folder / name)
         bpe_tokenizer(pad=END).save_pretrained(folder / name)  # an end token is not padding
     return {
         "model": str(folder / "one"),
@@ -1296,14 +1271,6 @@ def pearson_of_ranks(x, y):
     """Spearman's correlation, each rank found by counting: smaller values, and half of ties."""
     pair = [(v[:, None] > v).double().sum(1) + (v[:, None] == v).sum(1) / 2 for v in (x, y)]
     return torch.corrcoef(torch.stack(pair))[0, 1].item()
-
-
-@pytest.mark.parametrize("k", [0, 1, 20, 40])
-def test_the_ends_of_wilsons_interval_solve_its_equation(k):
-    low, high = gainrl.wilson_interval(k, 40)
-    assert 0 <= low <= k / 40 <= high <= 1 and low < high
-    for p in (low, high):
-        assert (k / 40 - p) ** 2 == pytest.approx(1.96**2 * p * (1 - p) / 40, abs=1e-12)
 
 
 def test_without_steps_a_run_only_scores_and_ranks(small_run, tmp_path, run, capsys):
