@@ -80,23 +80,30 @@ from tqdm import tqdm
 
 TINY_WORLD = "extras/tiny-world"  # shipped: a model and its questions
 ARITHMETIC = "extras/arithmetic"  # shipped: questions
-SMALL = {"steps": 40, "prompts_per_step": 8, "kl_coef": 0.0, "eval_every": 10, "eval_examples": 256}
 PRESETS = {  # overrides of the defaults below
     "gsm8k": {},
     "tiny": {
-        **SMALL,
         "model": TINY_WORLD,
         "dataset": TINY_WORLD,
+        "steps": 40,
+        "prompts_per_step": 8,
         "max_new_tokens": 64,
         "micro_batch": 128,
         "lr": 3e-4,
+        "kl_coef": 0.0,
+        "eval_every": 10,
+        "eval_examples": 256,
     },
     "arithmetic": {
-        **SMALL,
         "model": "HuggingFaceTB/SmolLM2-135M-Instruct",
         "dataset": ARITHMETIC,
-        "max_new_tokens": 24,
+        "steps": 40,
+        "prompts_per_step": 4,
+        "max_new_tokens": 28,
         "lr": 1e-5,
+        "kl_coef": 0.0,
+        "eval_every": 20,
+        "eval_examples": 200,
     },
 }
 
@@ -484,8 +491,7 @@ class GaussianCurriculum(torch.utils.data.Sampler):
         return self.mean
 
     def state_dict(self):
-        generator = self.generator.get_state()
-        return {"order": self.order, "mean": self.mean, "generator": generator}
+        return {"order": self.order, "mean": self.mean, "generator": self.generator.get_state()}
 
     def load_state_dict(self, state):
         if len(state["order"]) != len(self.order):
@@ -926,8 +932,8 @@ class RunFolder:
         write_json(self.path / "scores.jsonl", *rows)
         correlation = spearman(parts["curriculum"].order.argsort(), scores.tokens)
         tqdm.write(f"Spearman of rank and length: {correlation:.2f}")  # near 1: a sort by length
-        command = shlex.join(["python", __file__, f"--resume={self.path}"])
-        tqdm.write(f"to continue after a stop: {command}")
+        command = ["python", __file__, f"--resume={self.path}"]
+        tqdm.write(f"to continue after a stop: {shlex.join(command)}")
 
     def record_step(self, step, seconds, mean, batch, rollout, rewards, stats):
         n_tokens = rollout.completion_mask.sum().item()

@@ -317,19 +317,6 @@ def test_exact_at_the_head_no_question_token_has_an_upstream_gradient_under_grpo
     assert len(norms) > last + 3 and prompt.end <= last
     assert set(norms[:last]) == {0.0} and min(norms[last:-1]) > 0
 
-    gradient = rollout_gradients(STOPPING_MODEL, rollout, torch.ones(1, 1), config)[
-        "lm_head.weight"
-    ]
-    without_prompt = pair_sum(x[last:], g[last:])
-    torch.testing.assert_close(gradient.square().sum(), without_prompt, rtol=1e-3, atol=1e-6)
-
-
-def rollout_gradients(model, rollout, advantages, config):
-    """The gradients of a Rollout's GRPO loss by parameter, on a copy of the model."""
-    model = copy.deepcopy(model)
-    gainrl.compute_gradient(model, None, rollout, advantages, None, config)
-    return {name: parameter.grad for name, parameter in model.named_parameters()}
-
 
 @pytest.mark.parametrize(
     "x, g, concentration, squared_norm",
@@ -408,19 +395,6 @@ def test_the_mean_never_goes_back_stops_at_the_last_rank_and_ignores_invalid_upd
     assert curriculum.update(0.0, -1.0) == curriculum.mean == 19
 
 
-def test_draws_depend_on_the_seed_alone_and_continue_after_load_state_dict():
-    first, second = (gainrl.GaussianCurriculum(torch.arange(200), 8, seed=3) for _ in range(2))
-    third = gainrl.GaussianCurriculum(torch.arange(200), 8, seed=99)
-    assert third.sample() != first.sample()
-    torch.rand(1)  # the global generator plays no part
-    assert second.sample() == gainrl.GaussianCurriculum(torch.arange(200), 8, seed=3).sample()
-    first.update(0.7, 0.2)
-    third.load_state_dict(copy.deepcopy(first.state_dict()))
-    for _ in range(5):
-        assert third.sample() == first.sample()
-        assert third.update(0.6, 0.1) == first.update(0.6, 0.1)
-
-
 @pytest.mark.parametrize(
     "scores, batch_size, options, reason",
     [
@@ -440,30 +414,18 @@ def S(z):
     return 2 / (1 + math.exp(-2 * z)) - 1
 
 
-# The authors' constants for GSM8K: the setting, its symbol in the header, its value there and in
-# the README.
-PUBLISHED = [
-    ("prompts_per_step", "P", 32, "32 questions a batch"),
-    ("group_size", "G", 8, None),
-    ("max_new_tokens", "L", 512, "512 new"),
-    ("target_accuracy", "beta", 0.5, None),
-    ("alpha", "alpha, gamma", 2, None),
-    ("gamma", "alpha, gamma", 2, "gamma = 2"),
-    ("clip_eps", "epsilon", 0.2, None),
-    ("lr", None, 1e-6, "a learning rate of 1e-6"),
-    ("kl_coef", None, 0.001, None),
-    ("updates", None, 1, None),
-    ("steps", None, 200, None),
-]
-
-
-@pytest.mark.parametrize("name, symbol, value, in_readme", PUBLISHED)
-def test_the_defaults_are_those_of_the_header_and_the_readme(name, symbol, value, in_readme):
-    assert getattr(gainrl.parse_config(["--preset", "gsm8k"]), name) == value
-    if symbol:
-        (row,) = re.findall(f"^    {symbol}  .*", gainrl.__doc__, re.MULTILINE)
-        assert name in row and row.split()[-1] == str(value)
-    assert (in_readme or "") in " ".join(README.split())
+def test_the_header_and_the_readme_show_the_defaults():
+    config = asdict(gainrl.parse_config(["--preset", "gsm8k"]))
+    rows = re.findall(r"^    \w+ .* (\w+) +([\d.]+)$", gainrl.__doc__, re.MULTILINE)
+    shown = {name: float(value) for name, value in rows if name in config}
+    names = ("prompts_per_step", "group_size", "max_new_tokens", "target_accuracy", "clip_eps")
+    assert shown == {name: config[name] for name in names}
+    assert re.search("^    alpha, gamma .* 2, 2$", gainrl.__doc__, re.MULTILINE)
+    published = (config["alpha"], config["gamma"], config["lr"], config["kl_coef"])
+    assert published == (2, 2, 1e-6, 0.001) and config["updates"] == 1 and config["steps"] == 200
+    text = " ".join(README.split())
+    for phrase in ("32 questions a batch", "512 new tokens", "learning rate of 1e-6", "gamma = 2"):
+        assert phrase in text
 
 
 def test_n_and_sigma_are_500_and_1000_ranks_of_gsm8k_and_scale_with_the_data():
@@ -576,25 +538,6 @@ def test_no_text_however_odd_or_long_takes_long(unit):
 
 
 # --- 6. Loss, advantages, log-probabilities, sampling ---------------------------------------------
-
-
-def test_the_loss_by_hand_on_both_sides_of_the_clip():
-    ratio = torch.tensor([[1.5, 0.5], [1.5, 0.5], [1.1, 9.0]], dtype=torch.float64)
-    old = torch.tensor([[-1.0, -2.0], [-3.0, -1.5], [-0.5, -1.0]], dtype=torch.float64)
-    mask = torch.tensor([[True, True], [True, True], [True, False]])  # 9.0 is past the end
-    advantages = torch.tensor([1.0, -1.0, 2.0], dtype=torch.float64)
-    logprobs = old + ratio.log()
-    loss, stats = gainrl.grpo_loss(logprobs, old, advantages, mask, clip_eps=0.2)
-    # A = 1: min(1.5, 1.2), min(0.5, 0.8); A = -1: min(-1.5, -1.2), min(-0.5, -0.8); A = 2: 2.2.
-    assert loss.item() == pytest.approx(-(1.2 + 0.5 - 1.5 - 0.8 + 2.2) / 5)
-    assert stats == {"kl": 0.0, "clip_fraction": pytest.approx(2 / 5)}
-
-    d = torch.tensor([[0.1, -0.2], [0.0, 0.3], [-0.4, 5.0]], dtype=torch.float64)
-    inputs = logprobs, old, advantages, mask, 0.2, logprobs + d
-    with_kl, stats = gainrl.grpo_loss(*inputs, kl_coef=0.5)
-    k3 = sum(math.exp(x) - x - 1 for x in (0.1, -0.2, 0.0, 0.3, -0.4)) / 5
-    assert stats["kl"] == pytest.approx(k3)
-    assert with_kl.item() == pytest.approx(loss.item() + 0.5 * k3)
 
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.long, torch.float32])
@@ -754,28 +697,20 @@ def test_a_flat_batch_moves_the_weights_by_the_momentum_only(rollout):
         assert torch.equal(a, b) and not torch.equal(a, old)
 
 
-@pytest.mark.parametrize("kl_coef, micro_batch", [(0.0, 3), (0.01, 3), (0.0, 12)])
-def test_an_update_runs_active_rows_sorted_by_length_and_each_prompt_once(
-    kl_coef, micro_batch, monkeypatch
-):
+def test_an_update_runs_active_rows_sorted_by_length_and_each_prompt_once(monkeypatch):
     """Three groups of four, one of them flat. Each micro-batch is as wide as its longest rows."""
-    config = tiny_config(max_new_tokens=20, micro_batch=micro_batch, kl_coef=kl_coef)
+    config = tiny_config(max_new_tokens=20, micro_batch=3)
     rollout = gainrl.generate(STOPPING_MODEL, TOKENIZER, PROMPTS[:3], config, 4, seeded(6))
     advantages = torch.tensor([1.0, -1.0, 0.5, -0.5]).repeat(3, 1)
     advantages[1] = 0
     model, calls = copy.deepcopy(STOPPING_MODEL), spy(monkeypatch, "run_backbone")
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    inputs = model, STOPPING_MODEL, optimizer, rollout, advantages, config
-    assert gainrl.grpo_update(*inputs)["kl"] == 0  # the reference equals the policy
+    gainrl.compute_gradient(model, None, rollout, advantages, None, config)
     lengths = rollout.completion_mask.sum(1).tolist()
-    active = [row for row in range(12) if kl_coef or row // 4 != 1]
+    active, expected = [0, 1, 2, 3, 8, 9, 10, 11], []
     active.sort(key=lambda row: lengths[row])
-    expected = []
-    for first in range(0, len(active), micro_batch):
-        rows = active[first : first + micro_batch]
+    for rows in (active[:3], active[3:6], active[6:]):
         prompts = [PROMPTS[group].ids for group in {row // 4 for row in rows}]
-        shapes = [(len(prompts), max(map(len, prompts))), (len(rows), lengths[rows[-1]])]
-        expected += shapes * (2 if kl_coef else 1)  # the same for the reference
+        expected += [(len(prompts), max(map(len, prompts))), (len(rows), lengths[rows[-1]])]
     assert [tuple(ids.shape) for _, ids, *_ in calls] == expected
 
 
@@ -928,21 +863,22 @@ def naive_update(model, reference, optimizer, rows, config):
     return {"loss": loss.item(), "kl": kl, "clip_fraction": clipped, "grad_norm": norm}
 
 
-def naive_evaluation(model, tokenizer, problems, config, ends, reward):
+def naive_evaluation(model, tokenizer, problems, config, ends, read):
     prompts = [naive_prompt(tokenizer, row["question"]) for row in problems]
     texts = tokenizer.batch_decode(naive_completions(model, prompts, config, ends), True)
     n, z = len(problems), 1.96
-    share = sum(reward(text, row["answer"]) for text, row in zip(texts, problems)) / n
+    share = sum(read(text) == read(row["answer"]) for text, row in zip(texts, problems)) / n
     # The ends of Wilson's interval solve (share - p)^2 = z^2 p (1 - p) / n for p.
     root = z * math.sqrt(z * z + 4 * n * share * (1 - share))
     low, high = ((2 * n * share + z * z + sign * root) / (2 * (n + z * z)) for sign in (-1, 1))
-    readable = sum(naive_answer(text) is not None for text in texts) / n
-    result = {"eval_accuracy": share, "eval_low": low, "eval_high": high}
-    return {**result, "eval_format": readable}
+    readable = sum(read(text) is not None for text in texts) / n
+    names = ("eval_accuracy", "eval_low", "eval_high", "eval_format")
+    return dict(zip(names, (share, low, high, readable)))
 
 
-def naive_run(model, tokenizer, train_rows, test_rows, config, ends, reward):
-    """The rows of scores.jsonl, metrics.jsonl and samples.jsonl, and the trained model."""
+def naive_run(model, tokenizer, train_rows, test_rows, config, ends, read):
+    """The rows of scores.jsonl, metrics.jsonl and samples.jsonl, and the trained model. read: the
+    number in a text, or None."""
     N, G, generator, draws = len(train_rows), config.group_size, *map(seeded, [config.seed] * 2)
     model, reference = copy.deepcopy(model), copy.deepcopy(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=0.0)
@@ -970,7 +906,8 @@ def naive_run(model, tokenizer, train_rows, test_rows, config, ends, reward):
             rows = [prompts[index] for index in questions]
             completions = naive_completions(model, rows, config, ends, generator)
             texts = tokenizer.batch_decode(completions, True)
-            rewards = [reward(x, train_rows[k]["answer"]) for x, k in zip(texts, questions)]
+            golds = [train_rows[index]["answer"] for index in questions]
+            rewards = [float(read(text) == read(gold)) for text, gold in zip(texts, golds)]
             groups = [rewards[k : k + G] for k in range(0, len(rewards), G)]
             # Advantages are z-scores within a group. A flat group has none.
             advantages = []
@@ -990,7 +927,7 @@ def naive_run(model, tokenizer, train_rows, test_rows, config, ends, reward):
             mean = min(mean + n * max(0, move), N - 1)
         if step % config.eval_every == 0 or step == config.steps:
             problems = test_rows[: config.eval_examples]
-            result = naive_evaluation(model, tokenizer, problems, config, ends, reward)
+            result = naive_evaluation(model, tokenizer, problems, config, ends, read)
             metrics.append({"step": step, **result})
             if step > 0:
                 group = [[text, reward] for text, reward in zip(texts, groups[0])]
@@ -1059,19 +996,15 @@ def run(tmp_path):
     return tmp_path / "run"
 
 
-def naive_answer(text):
-    """The whole number in the last box, or None."""
-    box = re.match(r"\{ ?(-?\d+) ?\}", text.rpartition("\\boxed")[2])
-    return box and int(box[1])
+def whole_number(text):
+    """The number after #### or in the last box, or None."""
+    number = re.match(r"(?:\{|####) ?(-?\d+) ?(?:\}|$)", re.split(r"\\boxed|(?=####)", text)[-1])
+    return number and int(number[1])
 
 
-def naive_reward(text, gold):
-    return float(naive_answer(text) == int(gold.split("####")[1]))
-
-
-def toy_reward(text, gold):
-    """Random text earns it half of the time, and the gold answer matters."""
-    return float((len(text) + int(gold.split("####")[1])) % 2)
+def toy_number(text, is_gold=False):
+    """A random model writes no numbers, so the length of its text counts as one."""
+    return whole_number(text) if "####" in text else [0, 1, 2, None][len(text) % 4]
 
 
 @pytest.fixture(scope="session")
@@ -1080,7 +1013,7 @@ def toy(tmp_path_factory):
     folder, rows = tmp_path_factory.mktemp("toy"), []
     for k in range(12):
         story = "Ann has 3 apples. " * (k % 4) + f"What is {k} plus {k * k}?"
-        rows.append({"question": story, "answer": f"#### {k * 7 % 4}"})
+        rows.append({"question": story, "answer": f"#### {k * 7 % 3}"})
     for name, seed, train in (("one", 0, rows[:10]), ("other", 1, rows[3:])):
         write_dataset(folder / name, train, rows[:2:-1])
         ends = END_TOKENS[1:]  # without the template's and the tokenizer's
@@ -1104,11 +1037,11 @@ def toy(tmp_path_factory):
     }
 
 
-def run_naively(config, tokenizer=TOKENIZER, ends=END_TOKENS, reward=toy_reward):
+def run_naively(config, tokenizer=TOKENIZER, ends=END_TOKENS, read=toy_number):
     model = transformers.AutoModelForCausalLM.from_pretrained(gainrl.find_folder(config.model))
     folder = gainrl.find_folder(config.dataset)
     splits = (read_rows(folder / "train.jsonl"), read_rows(folder / "test.jsonl"))
-    return naive_run(model, tokenizer, *splits, config, ends, reward)
+    return naive_run(model, tokenizer, *splits, config, ends, read)
 
 
 def assert_agrees(run, config, naive):
@@ -1148,7 +1081,7 @@ SETTINGS = [
     ({"max_new_tokens": 5}, "completion_length"),
     ({"temperature": 0.5}, "grad_norm"),
     ({"lr": 1e-3}, "grad_norm"),
-    ({"sigma": 0.5}, "grad_norm"),
+    ({"sigma": 30.0}, "grad_norm"),
     ({"stride": 0.1}, "mean"),
     ({"target_accuracy": 0.9}, "mean"),
     ({"alpha": 0.1, "target_accuracy": 0.8}, "mean"),
@@ -1170,7 +1103,7 @@ def test_a_run_agrees_with_the_naive_run(toy, naive_base, run, monkeypatch, sett
         if name in settings:
             settings = {name: toy[name].replace("one", settings[name])}
     config = gainrl.Config(**{**toy, **settings}, run_dir=str(run))
-    monkeypatch.setattr(gainrl, "reward", toy_reward)
+    monkeypatch.setattr(gainrl, "extract_answer", toy_number)
     monkeypatch.setattr(gainrl, "LOGIT_CHUNK", 5)
     gainrl.train(config)
     naive = run_naively(config) if settings else naive_base
@@ -1188,7 +1121,7 @@ def test_a_run_of_the_tiny_world_agrees_with_the_naive_run(small_run, run):
     sizes = "--steps 2 --lr 3e-5 --prompts-per-step 3 --eval-examples 6 --max-new-tokens 30"
     config = gainrl.parse_config([*small_run, *sizes.split(), "--run-dir", str(run)])
     gainrl.train(config)
-    naive = run_naively(config, WORLD_TOKENIZER, [1], naive_reward)
+    naive = run_naively(config, WORLD_TOKENIZER, [1], whole_number)
     assert_agrees(run, config, naive)
 
 
@@ -1198,7 +1131,7 @@ def test_every_setting_has_a_test(toy, run, monkeypatch):
     others = {"preset", "device", "checkpoint_every", "run_dir", "resume"}
     assert tested | others == {field.name for field in fields(gainrl.Config)}
     monkeypatch.chdir(run.parent)
-    monkeypatch.setattr(gainrl, "reward", toy_reward)
+    monkeypatch.setattr(gainrl, "extract_answer", toy_number)
     saved, updates = spy(monkeypatch, "write_atomically"), spy(monkeypatch, "completion_logprobs")
     path = gainrl.train(gainrl.Config(**toy, preset="tiny", checkpoint_every=1))
     assert path == Path("runs/tiny-angle-0")
@@ -1244,7 +1177,7 @@ def test_a_short_run_on_the_tiny_world_improves(run, capsys):
     assert re.findall(r"\d\.\d+", last_line) == shown
 
 
-def test_a_run_directory_has_the_files_and_the_settings_of_the_run(whole_run, small_run):
+def test_a_run_directory_has_the_settings_the_weights_and_the_tokenizer(whole_run, small_run):
     names = "config.json scores.jsonl metrics.jsonl samples.jsonl checkpoint model"
     assert {path.name for path in whole_run.iterdir()} == set(names.split())
     assert [path.name for path in (whole_run / "checkpoint").iterdir()] == ["state.pt"]
@@ -1254,8 +1187,6 @@ def test_a_run_directory_has_the_files_and_the_settings_of_the_run(whole_run, sm
     resumed = gainrl.parse_config(["--resume", str(whole_run)])
     assert asdict(resumed) == {**settings, "resume": str(whole_run)}
 
-
-def test_model_holds_the_trained_weights_and_the_tokenizer_of_training(whole_run):
     folder, trained = whole_run / "model", read_checkpoint(whole_run)["model"]
     loaded = transformers.AutoModelForCausalLM.from_pretrained(folder).state_dict()
     assert loaded.keys() == trained.keys()
@@ -1395,9 +1326,8 @@ def test_ctrl_c_can_be_resumed(small_run, whole_run, run, monkeypatch, capfd, ow
     assert_same_run(run, whole_run)
 
 
-def test_nothing_is_ever_deleted(small_run, copied_run, whole_run, tmp_path, monkeypatch, capfd):
-    """Neither by a run that is continued, nor if a named directory exists. Deleting may be
-    impossible: on Windows for open files, or for a mount point."""
+def test_nothing_is_ever_deleted(copied_run, whole_run, monkeypatch):
+    """It may be impossible: on Windows for open files, or for a mount point."""
 
     def refuse(path, **named):
         raise OSError("busy") if os.path.exists(path) else FileNotFoundError(path)
@@ -1410,11 +1340,6 @@ def test_nothing_is_ever_deleted(small_run, copied_run, whole_run, tmp_path, mon
     assert command("--resume", copied_run) == 0
     assert_same_run(copied_run, whole_run)
     assert file_contents(copied_run).keys() == before.keys()
-
-    before = file_contents(copied_run)
-    line = refusal(capfd, *small_run, "--run-dir", copied_run)
-    assert f"--run-dir {copied_run} exists" in line
-    assert file_contents(copied_run) == before
 
 
 @pytest.mark.parametrize("name", ["runs/mine", None])
