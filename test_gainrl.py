@@ -9,14 +9,12 @@ chi-square tests and `model.generate`. No expected value was recorded from the c
 import concurrent.futures
 import copy
 import functools
-import importlib.metadata
 import itertools
 import json
 import math
 import os
 import re
 import resource
-import shlex
 import shutil
 import subprocess
 import sys
@@ -172,14 +170,6 @@ def test_the_closed_form_is_the_mean_over_all_token_pairs(dtype, mask_dtype):
         gainrl.angle_concentration(hidden, *masks)
 
 
-def test_no_matrix_over_token_pairs_is_made():
-    hidden, question_mask = torch.randn(1, 300, 4), torch.arange(300)[None] > 100
-    with torch.profiler.profile(profile_memory=True) as profile:
-        gainrl.angle_concentration(hidden, ~question_mask, question_mask)
-    largest = max(event.cpu_memory_usage for event in profile.events())  # in bytes
-    assert 300 * 4 * 4 <= largest < 300 * 300
-
-
 # --- 2. Prompts and scores ------------------------------------------------------------------------
 
 # Each template, what it makes of a turn's role and content, and how it opens the completion.
@@ -228,8 +218,6 @@ def test_a_prompt_is_the_rendered_chat_and_its_span_holds_just_the_question(name
         ("{{ messages[0].content }}", "drops or repeats the question"),
         (CHAT_TEMPLATE + "{{ messages[-1].content }}", "drops or repeats the question"),
         ("{{ messages[-1].content }}", "chat template"),  # drops the system prompt
-        ("{{ raise_exception('never') }}", "chat template"),
-        ("{% if %}", "chat template"),
     ],
 )
 def test_a_template_that_does_not_give_the_chat_is_refused(template, reason):
@@ -339,18 +327,6 @@ def test_fails_c_is_not_a_gradient(x, g, concentration, squared_norm):
 # --- 4. The curriculum ----------------------------------------------------------------------------
 
 
-def is_draw_from(counts, probabilities):
-    """A chi-square test: could the counts be draws from the probabilities? Cells that expect fewer
-    than 5 are merged. The bound is five standard deviations, so chance alone never fails."""
-    counts, expected = counts.double(), probabilities.double() * counts.sum()
-    rare = expected < 5
-    counts = torch.cat([counts[~rare], counts[rare].sum()[None]])
-    expected = torch.cat([expected[~rare], expected[rare].sum()[None]])
-    freedom = len(expected) - 1
-    statistic = ((counts - expected) ** 2 / expected.clamp(min=1e-9)).sum().item()
-    return statistic < freedom + 5 * math.sqrt(2 * freedom)
-
-
 @pytest.mark.parametrize("sigma", [6.0, math.inf])  # infinite: a uniform draw
 def test_probabilities_are_a_gaussian_over_ranks_and_first_draws_follow_them(sigma):
     curriculum = gainrl.GaussianCurriculum(torch.rand(30), 1, sigma=sigma)
@@ -360,17 +336,9 @@ def test_probabilities_are_a_gaussian_over_ranks_and_first_draws_follow_them(sig
     assert curriculum.probabilities().dtype == torch.float64
     torch.testing.assert_close(curriculum.probabilities(), expected, rtol=1e-12, atol=0)
     drawn = torch.tensor([curriculum.sample()[0] for _ in range(5000)])
-    assert is_draw_from(torch.bincount(drawn, minlength=30)[curriculum.order], expected)
-
-
-def test_batches_are_draws_without_replacement():
-    """P{i, j} = p_i p_j / (1 - p_i) + p_j p_i / (1 - p_j): the second comes from what is left."""
-    curriculum = gainrl.GaussianCurriculum(-torch.arange(5), 2, sigma=1.5)
-    p = curriculum.probabilities().tolist()
-    pairs = list(itertools.combinations(range(5), 2))
-    expected = [p[i] * p[j] * (1 / (1 - p[i]) + 1 / (1 - p[j])) for i, j in pairs]
-    drawn = [pairs.index(tuple(sorted(curriculum.sample()))) for _ in range(5000)]
-    assert is_draw_from(torch.bincount(torch.tensor(drawn), minlength=10), torch.tensor(expected))
+    counts = torch.bincount(drawn, minlength=30)[curriculum.order]
+    margin = 5 * (5000 * expected * (1 - expected)).sqrt() + 1  # five standard deviations
+    assert ((counts - 5000 * expected).abs() < margin).all()
 
 
 def test_a_mean_far_from_all_ranks_still_fills_the_batches_of_a_data_loader():
@@ -654,13 +622,6 @@ def test_models_of_many_families_run_in_parts_as_in_one(family):
         alone, n_tokens = ids[mask], in_completion.sum()
         greedy = model(input_ids=alone[None]).logits[0, -n_tokens - 1 : -1].argmax(-1)
         assert greedy.equal(alone[-n_tokens:])
-    scores = gainrl.score_prompts(model, PROMPTS)
-    for row, (ids, start, end) in enumerate(PROMPTS):
-        hidden = model.base_model(input_ids=torch.tensor([ids])).last_hidden_state
-        token = torch.arange(len(ids))[None]
-        masks = token < start, (token >= start) & (token < end)
-        intra, inter = gainrl.angle_concentration(hidden, *masks)
-        assert scores.concentration[row].item() == pytest.approx((intra + inter).item(), abs=1e-4)
 
 
 # --- 7. The update --------------------------------------------------------------------------------
@@ -681,10 +642,6 @@ ADVANTAGES = torch.randn(2, 4, generator=seeded(2))
 def test_a_flat_batch_moves_the_weights_by_the_momentum_only(rollout):
     model, flat = copy.deepcopy(STOPPING_MODEL), torch.zeros(2, 4)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.0)
-    stats = gainrl.grpo_update(model, None, optimizer, rollout, flat, tiny_config())
-    assert set(stats.values()) == {0.0}
-    assert all(map(torch.equal, model.parameters(), STOPPING_MODEL.parameters()))
-
     gainrl.grpo_update(model, None, optimizer, rollout, ADVANTAGES, tiny_config())
     by_hand, before = copy.deepcopy(model), copy.deepcopy(model)
     hand_optimizer = torch.optim.AdamW(by_hand.parameters(), lr=0.01, weight_decay=0.0)
@@ -737,23 +694,18 @@ def test_a_gradient_that_runs_out_of_memory_is_computed_in_smaller_micro_batches
         stats = gainrl.grpo_update(model, None, optimizer, rollout, ADVANTAGES, config)
         results.append([*map(torch.tensor, stats.values()), *model.parameters()])
     assert all(map(torch.equal, *results)) and config.micro_batch == 2 and len(steps) == 2
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[-1] for line in lines] == ["4", "2"] and "--micro-batch" in lines[0]
+    assert re.findall(r"--micro-batch (\d)\n", capsys.readouterr().out) == ["4", "2"]
     limit = 0
     with pytest.raises(torch.OutOfMemoryError):
         gainrl.grpo_update(model, None, optimizer, rollout, ADVANTAGES, config)
 
 
-@pytest.mark.parametrize("what", ["loss", "gradient"])
-def test_what_is_not_finite_stops_before_the_weights_change(rollout, what):
-    model, advantages = copy.deepcopy(STOPPING_MODEL), ADVANTAGES.clone()
-    if what == "loss":
-        advantages[1, 3] = math.nan
-    else:
-        model.lm_head.weight.register_hook(lambda gradient: gradient * math.inf)
+def test_a_gradient_that_is_not_finite_stops_before_the_weights_change(rollout):
+    model = copy.deepcopy(STOPPING_MODEL)
+    model.lm_head.weight.register_hook(lambda gradient: gradient * math.inf)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
     with pytest.raises(FloatingPointError, match="nan|inf"):
-        gainrl.grpo_update(model, None, optimizer, rollout, advantages, tiny_config(micro_batch=3))
+        gainrl.grpo_update(model, None, optimizer, rollout, ADVANTAGES, tiny_config())
     assert all(map(torch.equal, model.parameters(), STOPPING_MODEL.parameters()))
 
 
@@ -785,9 +737,9 @@ def test_weights_and_logits_stay_float32_under_bfloat16_products(rollout, monkey
 
 def naive_prompt(tokenizer, question):
     """ids, start, end: the question is ids[start:end], and ids[:start] is the prefix."""
-    turns = [("system", gainrl.SYSTEM_PROMPT), ("user", gainrl.EXAMPLE_QUESTION)]
-    turns += [("assistant", gainrl.EXAMPLE_ANSWER), ("user", question)]
-    turns = [{"role": role, "content": content} for role, content in turns]
+    roles = ("system", "user", "assistant", "user")
+    words = (gainrl.SYSTEM_PROMPT, gainrl.EXAMPLE_QUESTION, gainrl.EXAMPLE_ANSWER, question)
+    turns = [{"role": role, "content": content} for role, content in zip(roles, words)]
     text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
     prefix = text[: text.rindex(question)]
     ids, start, end = (tokenizer(x)["input_ids"] for x in (text, prefix, prefix + question))
@@ -1075,7 +1027,6 @@ SETTINGS = [
     ({"group_size": 3}, "accuracy"),
     ({"updates": 3, "lr": 1e-3}, "clip_fraction"),
     (KL, "kl"),
-    ({**KL, "kl_coef": 0.1}, "loss"),
     ({**KL, "clip_eps": 0.3}, "loss"),
     ({**KL, "micro_batch": 5, "temperature": 0.7, "max_new_tokens": 11}, "loss"),
     ({"max_new_tokens": 5}, "completion_length"),
@@ -1125,7 +1076,7 @@ def test_a_run_of_the_tiny_world_agrees_with_the_naive_run(small_run, run):
     assert_agrees(run, config, naive)
 
 
-def test_every_setting_has_a_test(toy, run, monkeypatch):
+def test_every_setting_has_a_test(toy, run, monkeypatch, capsys):
     """Those that change no number are tested here."""
     tested = {name for settings, _ in SETTINGS for name in settings}
     others = {"preset", "device", "checkpoint_every", "run_dir", "resume"}
@@ -1135,6 +1086,10 @@ def test_every_setting_has_a_test(toy, run, monkeypatch):
     saved, updates = spy(monkeypatch, "write_atomically"), spy(monkeypatch, "completion_logprobs")
     path = gainrl.train(gainrl.Config(**toy, preset="tiny", checkpoint_every=1))
     assert path == Path("runs/tiny-angle-0")
+    evaluations = read_log(path, "eval_accuracy")  # the last line shows the first and the last one
+    names = ("eval_accuracy", "eval_low", "eval_high")
+    shown = [f"{row[name]:.3f}" for row in evaluations[:: len(evaluations) - 1] for name in names]
+    assert re.findall(r"\d\.\d+", capsys.readouterr().out.splitlines()[-1]) == shown
     assert [path.name for path, _ in saved].count("state.pt") == 2
     n_updates = len(updates)
     small = {**toy, "micro_batch": 2}
@@ -1163,18 +1118,6 @@ def test_flags_replace_the_settings_of_a_preset_and_help_names_each(monkeypatch,
         help_text = setting.metadata["help"] % {"default": setting.default}
         assert "".join(help_text.split()) in described
     assert "None" not in text  # which nobody can type
-
-
-def test_a_short_run_on_the_tiny_world_improves(run, capsys):
-    flags = {"run_dir": str(run), "steps": 10, "eval_every": 10, "eval_examples": 200}
-    assert gainrl.train(tiny_config(device="cpu", **flags)) == run
-    before, after = read_log(run, "eval_accuracy")
-    assert after["eval_low"] > before["eval_high"]
-    assert read_json(run / "config.json")["model"] == gainrl.TINY_WORLD  # so a clone can be moved
-    last_line = capsys.readouterr().out.splitlines()[-1]
-    names = ("eval_accuracy", "eval_low", "eval_high")
-    shown = [f"{row[name]:.3f}" for row in (before, after) for name in names]
-    assert re.findall(r"\d\.\d+", last_line) == shown
 
 
 def test_a_run_directory_has_the_settings_the_weights_and_the_tokenizer(whole_run, small_run):
@@ -1346,22 +1289,19 @@ def test_nothing_is_ever_deleted(copied_run, whole_run, monkeypatch):
 def test_of_twenty_starts_in_one_named_directory_one_runs(name, tmp_path, monkeypatch):
     """Without a name each start gets a directory of its own."""
     monkeypatch.chdir(tmp_path)
-    config, barrier, errors = tiny_config(run_dir=name), threading.Barrier(20), []
+    config, barrier = tiny_config(run_dir=name), threading.Barrier(20)
 
     def start(_):
         barrier.wait()
         try:
-            gainrl.create_directory(config)
+            return str(gainrl.create_directory(config))
         except FileExistsError as error:
-            errors.append(str(error))
+            return "runs/mine" in str(error)
 
     with concurrent.futures.ThreadPoolExecutor(20) as pool:
-        list(pool.map(start, range(20)))
-    started = {path.name for path in tmp_path.glob("runs/*")}
-    others = {f"tiny-angle-0-{k}" for k in range(2, 21)}
-    assert started == ({"mine"} if name else {"tiny-angle-0", *others})
-    assert len(errors) == 20 - len(started)
-    assert all("runs/mine" in error for error in errors)
+        started = sorted(pool.map(start, range(20)), key=str)
+    expected = ["runs/tiny-angle-0", *[f"runs/tiny-angle-0-{k}" for k in range(2, 21)]]
+    assert started == ([True] * 19 + ["runs/mine"] if name else sorted(expected))
 
 
 def test_a_resumed_run_finds_its_folders_from_anywhere_and_accepts_moved_ones(
@@ -1522,15 +1462,14 @@ def test_a_bad_row_is_refused_by_file_and_line(tmp_path, row, split):
 
 def test_files_in_other_encodings_and_without_rows_are_refused_and_a_utf_8_mark_is_not(tmp_path):
     path = write_dataset(tmp_path / "data", ROWS[:3]) / "train.jsonl"
-    text = path.read_text()
-    for content, reason in (("\n \n", "no rows"), ("", "no rows"), (text, "jsonl:1: .* UTF-8")):
-        for encoding in ("utf-8", "utf-16", "utf-16-le") if content == text else ("utf-8",):
-            path.write_bytes(content.encode(encoding))
-            if (content, encoding) != (text, "utf-8"):
-                with pytest.raises(ValueError, match=reason):
-                    gainrl.load_problems(WORLD_TOKENIZER, str(path.parent), "train", 448)
+    text, inputs = path.read_text(), (WORLD_TOKENIZER, str(path.parent), "train", 448)
+    utf_16 = [(text.encode(encoding), "jsonl:1: .* UTF-8") for encoding in ("utf-16", "utf-16-le")]
+    for content, reason in [(b"", "no rows"), (b"\n \n", "no rows"), *utf_16]:
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=reason):
+            gainrl.load_problems(*inputs)
     path.write_bytes(text.encode("utf-8-sig"))
-    assert len(gainrl.load_problems(WORLD_TOKENIZER, str(path.parent), "train", 448)) == 3
+    assert len(gainrl.load_problems(*inputs)) == 3
 
 
 @pytest.mark.parametrize(
@@ -1551,37 +1490,6 @@ def test_an_unusable_model_is_refused(small_run, tmp_path, run, capfd, model, to
     line = refusal(capfd, *small_run, "--model", folder, "--run-dir", run)
     assert reason in line and str(folder) in line
     assert not run.exists()
-
-
-def test_a_lora_adapter_is_refused_but_a_model_with_one_can_be_scored(tmp_path):
-    peft = pytest.importorskip("peft")
-    random_model(len(TOKENIZER)).save_pretrained(tmp_path / "base")
-    base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
-    model = peft.get_peft_model(base, peft.LoraConfig(target_modules=["q_proj"]))
-    scores, expected = (gainrl.score_prompts(x, PROMPTS) for x in (model, MODEL))
-    assert scores.concentration.tolist() == pytest.approx(expected.concentration.tolist())
-    model.save_pretrained(tmp_path / "adapter")
-    TOKENIZER.save_pretrained(tmp_path / "adapter")
-    with pytest.raises(ValueError, match="merge a LoRA adapter"):
-        gainrl.load_model(str(tmp_path / "adapter"), "cpu")
-
-
-@pytest.mark.parametrize("streams", [">log", ">&- 2>&-"])
-def test_printing_never_ends_a_run(small_run, tmp_path, streams):
-    """Neither a console that cannot print a path nor closed streams."""
-    words = shlex.join([sys.executable, gainrl.__file__, *small_run, "--steps", "0"])
-    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
-    line = f"{words} --run-dir 运行 {streams}"
-    subprocess.run(["sh", "-c", line], cwd=tmp_path, env=environment, check=True)
-    assert (tmp_path / "运行" / "scores.jsonl").exists()
-
-
-def test_readme_and_requirements_name_the_oldest_python_that_can_install_them():
-    oldest = importlib.metadata.metadata("transformers")["Requires-Python"]
-    number = re.fullmatch(r">=(\d+\.\d+)\.0", oldest)[1]
-    assert f"Python {number} or later" in README
-    assert f"Python {number} or later" in (ROOT / "requirements.txt").read_text()
-    assert f"py{number.replace('.', '')}" in (ROOT / "ruff.toml").read_text()
 
 
 @pytest.mark.parametrize(
