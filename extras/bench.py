@@ -1,7 +1,6 @@
-"""Compare the speed and memory of gainrl.py with those of other programs, and check it on a GPU.
+"""Compare the speed and memory of gainrl.py with those of other programs.
 
     python -m extras.bench [score|step|memory|all] [--dataset DIR]
-    python -m extras.bench gpu            14 checks; without a GPU, only those that need none
 
 Each row of the table measures the same work, done by two programs in turns in one process. It has
 the medians, and the median and the range of the ratio over the rounds. If TRL is not installed, its
@@ -9,29 +8,22 @@ rows are skipped with a note. On a GPU the models have the shape of Qwen2.5-0.5B
 are smaller. All weights are random, so nothing is downloaded."""
 
 import argparse
-import contextlib
 import copy
 import ctypes
 import functools
 import gc
 import importlib.metadata
 import importlib.util
-import io
-import json
 import math
 import os
 import platform
 import random
-import signal
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from unittest.mock import patch
 
 import datasets
 import tokenizers
@@ -40,7 +32,8 @@ import torch.nn.functional as F
 import transformers
 
 import gainrl
-from extras import cuda_graph, tiny_world
+from extras import tiny_world
+from extras.common import read_jsonl, run_command
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
@@ -134,10 +127,6 @@ def compare(what, peer, unit, ours, theirs):
     }
 
 
-def read_jsonl(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
 def random_model(shape):
     """A Qwen2 of this shape with random weights, the same in every call."""
     torch.manual_seed(0)
@@ -222,9 +211,7 @@ class Workload:
     n_prompts: int
     prompt_tokens: tuple  # shortest and longest prompt; lengths are drawn uniformly
     max_tokens: int  # length limit of a completion
-    mean_tokens: (
-        int | None
-    )  # the end token has probability 1 / mean_tokens; None: it is never drawn
+    mean_tokens: int | None  # of a completion; None: the end token is never drawn
     n_flat: int  # prompts whose completions all have the same reward
     micro_batch: int
     rounds: int
@@ -485,397 +472,6 @@ def compare_logits():
     return [compare(what, "float32 logits alone", "GB", [peak / 1e9], [logits / 1e9])]
 
 
-# --- Checks for a GPU -----------------------------------------------------------------------------
-COPY_BYTES = 2 << 30
-CHECK_TOKENS = 512 if CUDA else 24  # length of a completion
-
-
-class Bench:
-    """A random model with the shape of Qwen2.5-0.5B (on a CPU a small one) and 32 prompts with
-    lengths as in GSM8K."""
-
-    def __init__(self):
-        self.shape = QWEN_05B if CUDA else STEP_MODEL
-        self.model = random_model(self.shape)
-        self.model.generation_config.eos_token_id = END
-        self.tokenizer = word_tokenizer()
-        rng = random.Random(0)
-        lengths = [212] + [min(212, max(90, round(rng.gauss(137, 22)))) for _ in range(31)]
-        prefix = rng.choices(range(END), k=76)
-        self.prompts = []
-        for length in lengths:
-            ids = prefix + rng.choices(range(END), k=length - 76)
-            self.prompts.append(gainrl.Prompt(ids, 76, length - 5))
-
-    def config(self, **settings):
-        return gainrl.Config(**{"preset": "gsm8k", "max_new_tokens": CHECK_TOKENS, **settings})
-
-    def generate(self, group_size=1, seed=None, prompts=None, **settings):
-        """A Rollout and the generator's state after it. Without a seed, greedy and None."""
-        generator = None if seed is None else torch.Generator(DEVICE).manual_seed(seed)
-        rollout = gainrl.generate(
-            self.model,
-            self.tokenizer,
-            prompts or self.prompts,
-            self.config(**settings),
-            group_size,
-            generator,
-        )
-        return rollout, None if seed is None else generator.get_state()
-
-    def random_rows(self, n_rows, prompt_tokens, completion_tokens):
-        """ids and attention_mask of random rows, padded on the left by 0, 3, 6 ... tokens."""
-        n_tokens = prompt_tokens + completion_tokens
-        generator = torch.Generator(DEVICE).manual_seed(1)
-        ids = torch.randint(END, (n_rows, n_tokens), device=DEVICE, generator=generator)
-        padding = 3 * torch.arange(n_rows, device=DEVICE)[:, None]
-        return ids, torch.arange(n_tokens, device=DEVICE) >= padding
-
-    def logprobs(self, ids, attention_mask, length, temperature=1.0):
-        """gainrl.completion_logprobs of rows that share no prompt."""
-        prompt_index = torch.arange(len(ids), device=DEVICE)
-        inputs = (ids, attention_mask, length, temperature, prompt_index)
-        return gainrl.completion_logprobs(self.model, *inputs)
-
-    def gradient(self, logprobs):
-        """The gradient of a weighted sum of log-probabilities as one vector. All weights differ, so
-        that swapped tokens are noticed."""
-        weights = torch.linspace(-1, 1, logprobs.numel(), device=DEVICE).view_as(logprobs)
-        gradients = torch.autograd.grad((logprobs * weights).sum(), list(self.model.parameters()))
-        return torch.cat([gradient.flatten() for gradient in gradients])
-
-
-def in_float32():
-    """A context without bfloat16."""
-    return patch.object(gainrl, "mixed_precision", lambda device: contextlib.nullcontext())
-
-
-def static_cache():
-    """A context in which generate uses cuda_graph.decode on a CPU too."""
-    return patch.object(gainrl, "decode", cuda_graph.decode)
-
-
-def growing_cache():
-    """A context in which generate uses gainrl.decode on a GPU too."""
-    return patch.object(cuda_graph, "supports", lambda model, cache: False)
-
-
-def without_graph():
-    """A context in which cuda_graph.decode launches every step instead of replaying a graph."""
-    return patch.object(cuda_graph, "capture", lambda step, *others: step)
-
-
-def check_versions(bench):
-    bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-    capability = ".".join(map(str, torch.cuda.get_device_capability()))
-    memory = torch.cuda.get_device_properties(0).total_memory / 2**30
-    return True, f"compute capability {capability}, {memory:.1f} GiB, bfloat16 in hardware: {bf16}"
-
-
-def check_gradient_lengths(bench):
-    """cuDNN's attention gives NaN gradients at some lengths (pytorch issue 196678)."""
-    found = {True: [], False: []}
-    for completion_tokens in (492, 364, 300, 121):  # 704 and 576 tokens fail, two others do not
-        ids, attention_mask = bench.random_rows(4, 212, completion_tokens)
-        for cudnn in (True, False):
-            torch.backends.cuda.enable_cudnn_sdp(cudnn)
-            logprobs = bench.logprobs(ids, attention_mask, completion_tokens)
-            if not bench.gradient(logprobs).isfinite().all():
-                found[cudnn].append(ids.shape[1])
-    text = f"lengths with NaN: {found[False] or 'none'}; with cuDNN's attention: {found[True]}"
-    return not found[False], text
-
-
-def check_padding(bench):
-    """Log-probabilities of a padded batch, and of each of its rows alone."""
-    ids, attention_mask = bench.random_rows(4, 40, 24)
-    differences = []
-    for context in (in_float32(), contextlib.nullcontext()):
-        with context, torch.no_grad():
-            padded = bench.logprobs(ids, attention_mask, 24)
-            for row in range(len(ids)):
-                own_ids = ids[row, attention_mask[row]][None]
-                alone = bench.logprobs(own_ids, torch.ones_like(own_ids), 24)
-                differences.append((padded[row] - alone[0]).abs().max().item())
-    exact, mixed = max(differences[:4]), max(differences[4:])
-    text = f"largest difference {exact:.0e} in float32, {mixed:.0e} in mixed precision"
-    return exact < 1e-3 and mixed < 0.1, text
-
-
-def check_logprobs(bench):
-    """completion_logprobs, and one float32 pass of the whole model without a cache."""
-    ids, attention_mask = bench.random_rows(4, 40, 24)
-    attention_mask[:] = True
-    ours = bench.logprobs(ids, attention_mask, 24, temperature=0.8)
-    table = (bench.model(input_ids=ids).logits.float() / 0.8).log_softmax(-1)
-    plain = table[:, 39:-1].gather(2, ids[:, 40:, None]).squeeze(2)
-    difference = (ours - plain).abs().mean().item()
-    cosine = F.cosine_similarity(bench.gradient(ours), bench.gradient(plain), dim=0).item()
-    text = f"mean difference {difference:.0e}, cosine of the gradients {cosine:.5f}"
-    return difference < 0.02 and cosine > 0.99, text
-
-
-def same_rollouts(bench, context, **inputs):
-    """Whether the ids, the masks and the generator are the same with a static cache in a context
-    and outside of it."""
-    with static_cache():
-        ours, our_state = bench.generate(**inputs)
-        with context:
-            other, other_state = bench.generate(**inputs)
-    same = torch.equal(ours.ids, other.ids)
-    same = same and torch.equal(ours.attention_mask, other.attention_mask)
-    return same and (our_state is None or torch.equal(our_state, other_state))
-
-
-def check_graph(bench):
-    """Replayed steps, and the same steps launched one by one."""
-    texts, all_same = [], True
-    for name, inputs in (("greedy", {}), ("8 samples", {"group_size": 8, "seed": 5})):
-        for max_new_tokens in (CHECK_TOKENS // 8, CHECK_TOKENS // 3):
-            inputs["max_new_tokens"] = max_new_tokens
-            same = same_rollouts(bench, without_graph(), **inputs)
-            all_same = all_same and same
-            texts.append(f"{name} x {max_new_tokens} {'equal' if same else 'DIFFERENT'}")
-    again = same_rollouts(bench, contextlib.nullcontext(), group_size=2, seed=6, max_new_tokens=20)
-    texts.append(f"two calls {'equal' if again else 'DIFFERENT'}")
-    return all_same and again, ", ".join(texts)
-
-
-def check_growing(bench):
-    """A static and a growing cache, in float32. Their kernels differ, and so do the last digits."""
-    inputs = {"group_size": 4, "seed": 7, "max_new_tokens": CHECK_TOKENS // 8}
-    with in_float32():
-        with static_cache():
-            ours, _ = bench.generate(**inputs)
-        with growing_cache():
-            other, _ = bench.generate(**inputs)
-    same = [ours == other for ours, other in zip(ours.texts, other.texts)]
-    return sum(same) > 0.9 * len(same), f"{sum(same)} of {len(same)} completions equal"
-
-
-def check_new_weights(bench):
-    """generate uses the new weights after an optimizer step."""
-    before, _ = bench.generate(seed=8, group_size=2, max_new_tokens=20)
-    kept = bench.model.model.embed_tokens.weight.detach().clone()
-    optimizer = torch.optim.SGD(bench.model.parameters(), lr=1.0)
-    for parameter in bench.model.parameters():
-        parameter.grad = torch.zeros_like(parameter)
-    bench.model.model.embed_tokens.weight.grad = torch.randn_like(kept)
-    optimizer.step()
-    changed, _ = bench.generate(seed=8, group_size=2, max_new_tokens=20)
-    with torch.no_grad():
-        bench.model.model.embed_tokens.weight.copy_(kept)
-    after, _ = bench.generate(seed=8, group_size=2, max_new_tokens=20)
-    optimizer.zero_grad()
-    passed = changed.texts != before.texts and after.texts == before.texts
-    return passed, "new completions with new weights, the old ones with the old weights"
-
-
-def check_memory_back(bench):
-    """generate frees all its memory."""
-    bench.generate(8, seed=1, max_new_tokens=20)
-    release_memory()
-    before = torch.cuda.memory_allocated()
-    bench.generate(8, seed=1, max_new_tokens=20)
-    release_memory()
-    left = torch.cuda.memory_allocated() - before
-    return left < 2**20, f"{left:,} bytes not freed"
-
-
-def check_decode_speed(bench):
-    """Milliseconds per token, and the share of the memory bandwidth that this uses."""
-    source = torch.empty(COPY_BYTES, dtype=torch.uint8, device=DEVICE)
-    target = torch.empty_like(source)
-    target.copy_(source)
-    copy_ms = statistics.median(milliseconds(target.copy_, source) for _ in range(5))
-    bandwidth = 2 * COPY_BYTES / copy_ms  # bytes per ms, read and written
-    del source, target
-
-    def ms_per_token(n_tokens):
-        """From the difference between a long and a short call, which removes the prompt's time."""
-        short = milliseconds(functools.partial(bench.generate, 8, 1, max_new_tokens=8))
-        long = milliseconds(functools.partial(bench.generate, 8, 1, max_new_tokens=8 + n_tokens))
-        return (long - short) / n_tokens
-
-    n_rows = 8 * len(bench.prompts)
-    replayed = ms_per_token(CHECK_TOKENS - 8)
-    with without_graph():
-        launched = ms_per_token(64)
-    with growing_cache():
-        grown = ms_per_token(64)
-    config = bench.model.config
-    head_width = config.hidden_size // config.num_attention_heads
-    bytes_per_token = 2 * 2 * config.num_hidden_layers * config.num_key_value_heads * head_width
-    mean_length = statistics.mean(len(prompt.ids) for prompt in bench.prompts) + CHECK_TOKENS / 2
-    n_weights = sum(parameter.numel() for parameter in bench.model.parameters())
-    must_move = 2 * n_weights + n_rows * mean_length * bytes_per_token
-    text = (
-        f"{replayed:.2f} ms per token for {n_rows} rows ({1000 * n_rows / replayed:,.0f} "
-        f"tokens/s); without a graph {launched:.2f} ms, with a growing cache {grown:.2f} ms; "
-        f"weights and cache have {must_move / 1e9:.2f} GB, read at "
-        f"{must_move / replayed / bandwidth:.0%} of the {bandwidth / 1e9:.2f} TB/s of a copy"
-    )
-    return replayed < launched, text
-
-
-def run_step(bench, config):
-    """One GRPO step with random rewards. Returns the seconds and the peaks in GiB of sampling and
-    update, and the update's stats."""
-    optimizer = torch.optim.AdamW(bench.model.parameters(), lr=1e-6, weight_decay=0.0)
-    for parameter in bench.model.parameters():  # this first step allocates AdamW's moments
-        parameter.grad = torch.zeros_like(parameter)
-    optimizer.step()
-    optimizer.zero_grad()
-    reference = copy.deepcopy(bench.model) if config.kl_coef else None
-    generator = torch.Generator(DEVICE).manual_seed(2)
-    rewards = torch.randint(2, (config.prompts_per_step, config.group_size))
-    advantages = gainrl.group_advantages(rewards.float())
-    seconds, peaks = [], []
-
-    release_memory()
-    reset_peak()
-    began = time.perf_counter()
-    rollout = gainrl.generate(
-        bench.model, bench.tokenizer, bench.prompts, config, config.group_size, generator
-    )
-    torch.cuda.synchronize()
-    seconds.append(time.perf_counter() - began)
-    peaks.append(read_peak() / 2**30)
-
-    reset_peak()
-    began = time.perf_counter()
-    stats = gainrl.grpo_update(bench.model, reference, optimizer, rollout, advantages, config)
-    torch.cuda.synchronize()
-    seconds.append(time.perf_counter() - began)
-    peaks.append(read_peak() / 2**30)
-    return seconds, peaks, stats
-
-
-def check_full_step(bench):
-    """A step with the defaults: 32 prompts, 8 completions of 512 tokens each, a KL term."""
-    seconds, peaks, stats = run_step(bench, bench.config())
-    finite = all(math.isfinite(value) for value in stats.values())
-    text = (
-        f"sampling {seconds[0]:.1f} s, update {seconds[1]:.1f} s; peaks {peaks[0]:.1f} and "
-        f"{peaks[1]:.1f} GiB; gradient norm {stats['grad_norm']:.3g}"
-    )
-    return finite, text
-
-
-def check_evaluation_memory(bench):
-    """The peak memory of 256 greedy completions."""
-    release_memory()
-    reset_peak()
-    bench.generate(prompts=bench.prompts * 8, max_new_tokens=64)
-    return True, f"peak {read_peak() / 2**30:.1f} GiB, without AdamW's moments and a reference"
-
-
-def check_cards(bench):
-    """A step in the memory that is free on cards of 24 and 16 GB."""
-    total = torch.cuda.get_device_properties(0).total_memory / 2**30
-    texts, all_fit = [], True
-    for gib, settings in ((23, {}), (15, {"micro_batch": 2, "kl_coef": 0.0})):
-        release_memory()
-        torch.cuda.set_per_process_memory_fraction(gib / total)
-        try:
-            _, peaks, _ = run_step(bench, bench.config(**settings))
-            texts.append(f"{settings or 'defaults'} in {gib} GiB: peak {max(peaks):.1f}")
-        except torch.OutOfMemoryError:
-            all_fit = False
-            texts.append(f"{settings or 'defaults'} in {gib} GiB: OUT OF MEMORY")
-        finally:
-            torch.cuda.set_per_process_memory_fraction(1.0)
-    return all_fit, "; ".join(texts)
-
-
-def check_resume(bench):
-    """A killed and resumed run of the tiny preset draws the questions of a run without a kill."""
-    command = [sys.executable, gainrl.__file__, "--device", DEVICE.type]
-    start = [*command, "--preset", "tiny", "--steps", "6", "--eval-examples", "32", "--run-dir"]
-    with tempfile.TemporaryDirectory() as folder:
-        whole, killed = Path(folder, "whole"), Path(folder, "killed")
-        subprocess.run([*start, str(whole)], check=True, capture_output=True)
-        process = subprocess.Popen(
-            [*start, str(killed)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
-        metrics = killed / "metrics.jsonl"
-        while process.poll() is None:
-            if metrics.exists() and '"step": 2' in metrics.read_text():
-                process.kill()
-            time.sleep(0.05)
-        was_killed = process.returncode == -signal.SIGKILL
-        subprocess.run([*command, "--resume", str(killed)], check=True, capture_output=True)
-        runs = [read_jsonl(run / "metrics.jsonl") for run in (whole, killed)]
-    values = [[row["concentration"] for row in run if "concentration" in row] for run in runs]
-    # A GPU may add in another order. Other questions would make a larger difference.
-    difference = max(abs(a - b) for a, b in zip(*values))
-    same = len(values[0]) == len(values[1]) == 6 and difference < 1e-3
-    text = f"killed: {was_killed}, {len(values[1])} steps, largest difference in C {difference:.0e}"
-    return was_killed and same, text
-
-
-def check_out_of_memory(bench):
-    """A run that is out of memory ends with status 2 and names the flag to lower."""
-    bench.model = None
-    release_memory()
-    held = torch.cuda.memory_reserved() + (64 << 20)
-    torch.cuda.set_per_process_memory_fraction(
-        held / torch.cuda.get_device_properties(0).total_memory
-    )
-    message = io.StringIO()
-    try:
-        with (
-            tempfile.TemporaryDirectory() as folder,
-            contextlib.redirect_stderr(message),
-            contextlib.redirect_stdout(io.TextIOWrapper(io.BytesIO())),
-        ):
-            flags = ["--preset", "tiny", "--prompts-per-step", "1000", "--eval-examples", "8"]
-            status = gainrl.main([*flags, "--steps", "1", "--run-dir", str(Path(folder, "run"))])
-    finally:
-        torch.cuda.set_per_process_memory_fraction(1.0)
-    last_line = message.getvalue().strip().splitlines()[-1]
-    return status == 2 and "--micro-batch" in last_line, f"status {status}: {last_line:.99}"
-
-
-CHECKS = (  # title, function, and whether it needs a GPU
-    ("hardware", check_versions, True),
-    ("padding changes no log-probability", check_padding, False),
-    ("log-probabilities and gradient equal those of one float32 pass", check_logprobs, False),
-    ("static and growing cache give the same completions", check_growing, False),
-    ("replayed and launched steps are equal", check_graph, True),
-    ("new weights are used", check_new_weights, False),
-    ("gradients are finite at lengths where cuDNN's are not", check_gradient_lengths, True),
-    ("sampling frees its memory", check_memory_back, True),
-    ("speed of sampling", check_decode_speed, True),
-    ("memory of an evaluation", check_evaluation_memory, True),
-    ("one full step", check_full_step, True),
-    ("a step on cards of 24 and 16 GB", check_cards, True),
-    ("tiny preset, killed and resumed", check_resume, True),
-    ("out of memory", check_out_of_memory, True),
-)
-
-
-def check_gpu():
-    """Run the CHECKS and print a line for each. Returns the exit status, 1 if a check failed."""
-    torch.backends.cuda.enable_cudnn_sdp(False)  # as load_model does
-    bench = Bench()
-    status = 0
-    for title, function, needs_gpu in CHECKS:
-        if needs_gpu and not CUDA:
-            print(f"needs a GPU  {title}", flush=True)
-            continue
-        began = time.perf_counter()
-        try:
-            passed, text = function(bench)
-        except Exception as error:  # noqa: BLE001, the other checks should still run
-            passed, text = False, f"{error!r:.300}"
-        torch.backends.cuda.enable_cudnn_sdp(False)
-        status = status if passed else 1
-        seconds = time.perf_counter() - began
-        print(f"{'passed' if passed else 'FAILED'}  {title}: {text} [{seconds:.0f} s]", flush=True)
-    return status
-
-
 # --- The command line -----------------------------------------------------------------------------
 
 
@@ -901,7 +497,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(
         prog="python -m extras.bench", description=__doc__.split("\n")[0], allow_abbrev=False
     )
-    choices = ("score", "step", "memory", "all", "gpu")
+    choices = ("score", "step", "memory", "all")
     parser.add_argument("what", nargs="?", default="all", choices=choices)
     parser.add_argument(
         "--dataset", help="folder whose train.jsonl is scored (default: the tiny world)"
@@ -910,8 +506,6 @@ def main(argv=None):
     transformers.utils.logging.set_verbosity_error()
     warnings.simplefilter("ignore", FutureWarning)  # TRL uses old names of transformers
     print(describe_machine(), flush=True)
-    if args.what == "gpu":
-        return check_gpu()
     print("| what | against | ours | theirs | ratio (range) |")
     print("|---|---|---|---|---|", flush=True)
 
@@ -927,4 +521,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main, "extras.bench")

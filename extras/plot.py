@@ -14,14 +14,13 @@ accuracy. The picture in the README is
     python -m extras.plot runs/tiny-angle-0 --method --out extras/figures/method.png"""
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
 import matplotlib
-
-matplotlib.use("Agg")  # draws to a file, without a window
 import matplotlib.pyplot as plt
+
+from extras.common import read_jsonl, run_command
 
 WINDOW = 5  # steps in the running mean
 # The palette of Okabe and Ito, which color-blind readers can tell apart.
@@ -37,7 +36,7 @@ PANELS = [  # key in metrics.jsonl, title, unit
 def read_rows(run, name):
     """The rows of a .jsonl file in a run directory. ValueError if there are none."""
     try:
-        rows = [json.loads(line) for line in Path(run, name).read_text().splitlines()]
+        rows = read_jsonl(Path(run, name))
     except (OSError, ValueError) as error:
         raise ValueError(f"{run}: cannot read {name} ({error})") from error
     if not rows:
@@ -47,6 +46,8 @@ def read_rows(run, name):
 
 def read_metrics(run):
     """The rows of RUN/metrics.jsonl: (evaluations, steps)."""
+    if Path(run, "config.json").exists() and not Path(run, "metrics.jsonl").exists():
+        raise ValueError(f"{run}: no step is finished yet")
     rows = read_rows(run, "metrics.jsonl")
     evaluations = [row for row in rows if "eval_accuracy" in row]
     steps = [row for row in rows if "accuracy" in row]
@@ -123,11 +124,11 @@ def draw(runs):
 
 def draw_method(run):
     """The figure that explains GAIN-RL with one run."""
+    evaluations, steps = read_metrics(run)
     figure = plt.figure(figsize=(9, 6.4), layout="constrained", facecolor="white")
     top, bottom = figure.subfigures(2, 1, height_ratios=[1.15, 1], hspace=0.03)
     draw_cosines(top, top.subplots())
     ranks_panel, accuracy_panel = bottom.subplots(1, 2)
-    evaluations, steps = read_metrics(run)
     draw_gaussians(ranks_panel, run, steps)
     draw_accuracy(accuracy_panel, evaluations, color=COLORS[0])
     accuracy_panel.set_title("3. Train with GRPO", loc="left", weight="bold", fontsize=11)
@@ -220,15 +221,17 @@ def main(argv=None):
     options = parser.parse_args(argv)
     if options.method and len(options.runs) > 1:
         parser.error("--method draws one run")
+    out = options.out if Path(options.out).suffix else f"{options.out}.png"
     try:
         figure = draw_method(*options.runs) if options.method else draw(options.runs)
-        figure.savefig(options.out, dpi=150)
+        figure.savefig(out, dpi=150)
     except (ValueError, OSError) as error:
         print(f"extras.plot: {error}", file=sys.stderr)
         return 2
-    print(f"wrote {options.out}")
+    print(f"wrote {out}")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    matplotlib.use("Agg")  # draws to a file, without a window
+    run_command(main, "extras.plot")

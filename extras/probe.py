@@ -24,6 +24,7 @@ import transformers
 from tqdm import tqdm
 
 import gainrl
+from extras.common import run_command
 
 # --- Signals --------------------------------------------------------------------------------------
 # What one forward pass over a prompt gives. intra, inter: C_intra, C_inter. hidden: (T, D), after
@@ -103,6 +104,14 @@ def mid_ranks(values):
     ordered = values.sort(-1).values
     below, up_to = (torch.searchsorted(ordered, values, right=end) for end in (False, True))
     return (below + up_to).double() / 2
+
+
+def spearman(x, y):
+    """Spearman's correlation over the last dimension: (..., N) each, to (...). It is 0 if one of
+    them is constant."""
+    ranks = [mid_ranks(values) for values in (x, y)]
+    centered = [values - values.mean(-1, keepdim=True) for values in ranks]
+    return torch.cosine_similarity(*centered, dim=-1)
 
 
 def interval(drawn):
@@ -201,4 +210,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main, "extras.probe")

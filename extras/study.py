@@ -20,6 +20,7 @@ import json
 import lzma
 import math
 import os
+import signal
 import statistics
 import sys
 import tempfile
@@ -36,8 +37,9 @@ import transformers
 from tqdm import tqdm
 
 import gainrl
-from extras.bench import describe_machine, read_jsonl
-from extras.probe import interval, measure_signals, mid_ranks
+from extras.bench import describe_machine
+from extras.common import read_jsonl, run_command
+from extras.probe import interval, measure_signals, spearman
 from extras.tiny_world import make_tiny_world
 
 # The environment of the processes that train. Base models and runs should be the same on every x86
@@ -164,7 +166,7 @@ def train_once(world, setting, arm, rate, seed, eval_examples):
 
     def evaluate_at_once(model, tokenizer, problems, config):
         """In one batch, which is faster than in batches of the size of the training batch."""
-        larger = dataclasses.replace(config, prompts_per_step=len(problems))
+        larger = dataclasses.replace(config, prompts_per_step=len(problems), run_dir=None)
         return evaluate(model, tokenizer, problems, larger)
 
     with tempfile.TemporaryDirectory() as folder:
@@ -314,8 +316,17 @@ def make_runs(store, pool, folder, plan, size):
 def in_parallel(pool, calls, title):
     """Make all calls of a dictionary in the processes of a pool. Yields (key, result)."""
     keys = {pool.submit(quietly, call): key for key, call in calls.items()}
-    for future in tqdm(as_completed(keys), total=len(keys), desc=title):
-        yield keys[future], future.result()
+    try:
+        for future in tqdm(as_completed(keys), total=len(keys), desc=title):
+            yield keys[future], future.result()
+    finally:
+        for future in keys:
+            future.cancel()  # those that have not started, after Ctrl-C or an error
+
+
+def ignore_ctrl_c():
+    """In a process of the pool. It finishes its call, and in_parallel() cancels the others."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def quietly(call):
@@ -765,7 +776,8 @@ def study_curricula(settings, size, path, folder, figures, rerun):
     store = Store(path)
     if rerun:
         environment = patch.dict(os.environ, ENVIRONMENT)
-        with environment, ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
+        options = {"mp_context": get_context("spawn"), "initializer": ignore_ctrl_c}
+        with environment, ProcessPoolExecutor(**options) as pool:
             make_bases(store, pool, folder, settings, size)
             make_runs(store, pool, folder, plan_tuning(settings, size), size)
             rates = choose_rates(store, settings, size)
@@ -869,8 +881,7 @@ def sampled_gradient(model, tokenizer, problem, seed):
     prompts = [problem["prompt"]]
     rollout = gainrl.generate(model, tokenizer, prompts, config, GROUP_SIZE, generator)
     advantages = torch.tensor([[1.0, -1.0]], device=model.device).repeat(1, GROUP_SIZE // 2)
-    old_logprobs = torch.zeros(rollout.completion_mask.shape, device=model.device)
-    gainrl.compute_gradient(model, None, rollout, advantages, old_logprobs, True, config)
+    gainrl.compute_gradient(model, None, rollout, advantages, None, config)
     return torch.stack([parameter.grad.norm() for parameter in model.parameters()]).norm().item()
 
 
@@ -940,13 +951,6 @@ def rank_correlation(x, y, given=None):
     matrices = [column.double()[None] for column in columns]
     value, low, high = bootstrap(statistic, *matrices, draws=1000)
     return f"{value:+.2f} [{low:+.2f}, {high:+.2f}]"
-
-
-def spearman(x, y):
-    """gainrl.spearman over the last dimension: (..., n) each, to (...)."""
-    ranks = [mid_ranks(values) for values in (x, y)]
-    centered = [values - values.mean(-1, keepdim=True) for values in ranks]
-    return torch.cosine_similarity(*centered, dim=-1)
 
 
 def partial_spearman(x, y, given):
@@ -1068,4 +1072,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main, "extras.study")

@@ -33,6 +33,7 @@ import transformers
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
+from extras.common import run_command
 from gainrl import build_messages, encode_prompts, run_backbone
 
 NAMES = ["Ann", "Ben", "Cid", "Dee", "Eve", "Fay", "Gus", "Hal"]
@@ -241,4 +242,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main, "extras.tiny_world")
