@@ -399,7 +399,7 @@ def mixed_precision(device):
 
 
 # --- 6. The curriculum (paper, section 4)
-# Needs math, torch.
+# Needs math, dataclass, KW_ONLY, torch.
 
 
 def make_curriculum(config, scores):
