@@ -966,27 +966,18 @@ def toy(tmp_path_factory):
     for k in range(12):
         story = "Ann has 3 apples. " * (k % 4) + f"What is {k} plus {k * k}?"
         rows.append({"question": story, "answer": f"#### {k * 7 % 3}"})
-    for name, seed, train in (("one", 0, rows[:10]), ("other", 1, rows[3:])):
+    # Learned positions (GPT-2) show what rotary ones hide: whether padding counts.
+    for name, family, train in (("one", "Qwen2", rows[:10]), ("other", "GPT2", rows[3:])):
         write_dataset(folder / name, train, rows[:2:-1])
         ends = END_TOKENS[1:]  # without the template's and the tokenizer's
-        model = random_model(len(TOKENIZER), seed, eos_token_id=ends)
+        model = random_model(len(TOKENIZER), family=family, eos_token_id=ends)
         # What a hub model's generation_config may ask for is ignored.
         model.generation_config.update(do_sample=True, top_k=1, repetition_penalty=5.0)
         model.save_pretrained(folder / name)
         bpe_tokenizer(pad=END).save_pretrained(folder / name)  # an end token is not padding
-    return {
-        "model": str(folder / "one"),
-        "dataset": str(folder / "one"),
-        "device": "cpu",
-        "steps": 2,
-        "prompts_per_step": 3,
-        "group_size": 4,
-        "max_new_tokens": 7,
-        "lr": 1e-4,
-        "kl_coef": 0.0,
-        "eval_every": 2,
-        "eval_examples": 4,
-    }
+    sizes = {"steps": 2, "prompts_per_step": 3, "group_size": 4, "max_new_tokens": 7}
+    sizes |= {"eval_every": 2, "eval_examples": 4, "lr": 1e-4, "kl_coef": 0.0, "device": "cpu"}
+    return {**sizes, "model": str(folder / "one"), "dataset": str(folder / "one")}
 
 
 def run_naively(config, tokenizer=TOKENIZER, ends=END_TOKENS, read=toy_number):
@@ -1045,7 +1036,9 @@ SETTINGS = [
 
 @pytest.fixture(scope="session")
 def naive_base(toy):
-    return run_naively(gainrl.Config(**toy))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.optim, "AdamW", functools.partial(torch.optim.AdamW, eps=1e-3))
+        return run_naively(gainrl.Config(**toy))
 
 
 @pytest.mark.parametrize("settings, changes", SETTINGS, ids=str)
@@ -1056,6 +1049,8 @@ def test_a_run_agrees_with_the_naive_run(toy, naive_base, run, monkeypatch, sett
     config = gainrl.Config(**{**toy, **settings}, run_dir=str(run))
     monkeypatch.setattr(gainrl, "extract_answer", toy_number)
     monkeypatch.setattr(gainrl, "LOGIT_CHUNK", 5)
+    # With its own epsilon, AdamW turns the rounding of tiny gradients into steps of full size.
+    monkeypatch.setattr(torch.optim, "AdamW", functools.partial(torch.optim.AdamW, eps=1e-3))
     gainrl.train(config)
     naive = run_naively(config) if settings else naive_base
     assert_agrees(run, config, naive)

