@@ -759,8 +759,7 @@ def next_token(logits, temperature, generator, rows, n_rows):
     probabilities = (logits.float() / temperature).softmax(-1)
     exponentials = torch.empty(n_rows, logits.shape[-1], device=logits.device)
     exponentials.exponential_(generator=generator)
-    if not exponentials.is_cuda:
-        exponentials.clamp_(min=2**-24)  # CUDA's own smallest draw; MPS may draw 0
+    exponentials.clamp_(min=2**-24)  # as CUDA does; on MPS, draws of 0 would make any token win
     return (probabilities / exponentials[rows]).argmax(-1, keepdim=True)
 
 

@@ -478,7 +478,6 @@ def test_the_example_in_two_processes_draws_the_same_on_both(in_trl, tmp_path, m
 
 # --- bench.py -------------------------------------------------------------------------------------
 
-
 TINY_SHAPE = {**bench.STEP_MODEL, "hidden_size": 16, "num_hidden_layers": 2}
 
 
