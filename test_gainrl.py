@@ -89,6 +89,10 @@ def bpe_tokenizer(template=CHAT_TEMPLATE, splits=True, pad=PAD, end=END):
     )
     texts = ["user\n" + text + "\n" for text in QUESTIONS * 3 + [gainrl.SYSTEM_PROMPT]]
     core.train_from_iterator(texts, trainer)
+    # Like many tokenizers, it adds a token to each text. A rendered chat has its own.
+    core.post_processor = tokenizers.processors.TemplateProcessing(
+        single=f"{BEGIN} $A", special_tokens=[(BEGIN, 2)]
+    )
     return transformers.PreTrainedTokenizerFast(
         tokenizer_object=core, pad_token=pad, eos_token=end, chat_template=template
     )
@@ -168,6 +172,14 @@ def test_the_closed_form_is_the_mean_over_all_token_pairs(dtype, mask_dtype):
     masks[1][1] = False
     with pytest.raises(ValueError, match="row 1 has no question token"):
         gainrl.angle_concentration(hidden, *masks)
+
+
+def test_equal_vectors_have_a_concentration_of_at_most_one():
+    """Rounded sums of many equal unit vectors are longer than their number."""
+    hidden = torch.randn(50, 1, 64, generator=seeded()).expand(-1, 300, -1)
+    is_question = (torch.arange(300) >= 100).expand(50, -1)
+    for values in gainrl.angle_concentration(hidden, ~is_question, is_question):
+        assert values.max() == 1
 
 
 # --- 2. Prompts and scores ------------------------------------------------------------------------
@@ -268,16 +280,6 @@ def c_intra(x):
     return gainrl.angle_concentration(x[None], 0 * ones, ones)[0].item()
 
 
-def test_exact_with_unit_inputs_and_one_shared_upstream_gradient_c_intra_is_the_gradient():
-    """Here |dL/dW|^2 = T^2 |g|^2 C_intra."""
-    torch.manual_seed(0)
-    x, g = F.normalize(torch.randn(9, 12), dim=-1), torch.randn(5)
-    W = torch.randn(12, 5, requires_grad=True)
-    (x @ W * g).sum().backward()  # dL/dy_i = g for each of T = 9 tokens
-    expected = 9**2 * g.square().sum().item() * c_intra(x)
-    assert W.grad.square().sum().item() == pytest.approx(expected, rel=1e-5)
-
-
 def test_exact_the_language_model_gradient_of_a_real_head_is_the_double_sum():
     ids = TOKENIZER(QUESTIONS[0], return_tensors="pt")["input_ids"]
     x = MODEL.base_model(input_ids=ids).last_hidden_state[0].detach()
@@ -309,7 +311,7 @@ def test_exact_at_the_head_no_question_token_has_an_upstream_gradient_under_grpo
 @pytest.mark.parametrize(
     "x, g, concentration, squared_norm",
     [
-        ([[1, 0], [1, 0]], [[1, 0], [1, 0]], 1.0, 4.0),
+        ([[1, 0], [1, 0]], [[1, 0], [1, 0]], 1.0, 4.0),  # one shared g: T^2 |g|^2 C_intra
         ([[1, 0], [1, 0]], [[1, 0], [-1, 0]], 1.0, 0.0),  # the highest C and no gradient
         ([[1, 0], [0, 1]], [[1, 0], [-1, 0]], 0.5, 2.0),  # a lower C and a larger gradient
         ([[9, 0], [0, 9]], [[1, 0], [-1, 0]], 0.5, 162.0),  # C does not see lengths
@@ -471,13 +473,11 @@ def test_the_reward_is_one_for_the_right_number_and_missing_answers_never_agree(
         assert gainrl.reward(wrong, "#### 1000") == 0.0
     for missing in ["", "no idea", "\\boxed{}", "####"]:
         assert gainrl.reward(missing, missing) == gainrl.reward(missing, "#### 5") == 0.0
-    assert type(gainrl.reward("\\boxed{5}", "#### 5")) is float
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="../shared is not beside this checkout")
 def test_collected_completions_are_never_misread_and_all_gold_answers_of_gsm8k_are_read():
     rows = read_rows(SHARED / "cases" / "answers.jsonl")
-    assert len(rows) > 60
     for row in rows:
         number = gainrl.extract_answer(row["text"])
         assert number is None or number == Decimal(row["answer"]), row
@@ -742,7 +742,8 @@ def naive_prompt(tokenizer, question):
     turns = [{"role": role, "content": content} for role, content in zip(roles, words)]
     text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
     prefix = text[: text.rindex(question)]
-    ids, start, end = (tokenizer(x)["input_ids"] for x in (text, prefix, prefix + question))
+    parts = (text, prefix, prefix + question)
+    ids, start, end = (tokenizer.encode(x, add_special_tokens=False) for x in parts)
     return ids, len(start), len(end)
 
 

@@ -3,19 +3,20 @@
 The files have the format of GSM8K. SmolLM2-135M-Instruct, a small pretrained model, answers some of
 the questions at first. A few minutes of training on a CPU teach it more of them.
 
-A question's length says little about its difficulty: "What is 1+0+2+0+1?" is long and easy, "What
-is 47*8?" short and hard.
+Some long questions have small numbers ("What is 1+0+2+0+1?"), and some short ones have larger ones
+("What is 47*8?"), so that length and difficulty can be told apart.
 
     python -m extras.arithmetic FOLDER [--seed S]
 
-The shipped folder, extras/arithmetic/, was made with seed 0. Every machine makes the same files.
-"""
+The shipped folder, extras/arithmetic/, was made with seed 0. Every machine makes the same files."""
 
 import argparse
 import json
 import math
 import random
 from pathlib import Path
+
+from extras.common import run_command
 
 FORMS = ["What is {}?", "Compute {}.", "How much is {}?", "Find {}."]
 KINDS = [  # weight (their sum is 100), operation, smallest and largest value of each number
@@ -72,9 +73,8 @@ def main():
     parser = argparse.ArgumentParser(prog="python -m extras.arithmetic", description=summary)
     parser.add_argument("folder", help="gets train.jsonl and test.jsonl")
     parser.add_argument("--seed", type=int, default=0, help="random seed (0)")
-    args = parser.parse_args()
-    make_arithmetic(args.folder, args.seed)
+    make_arithmetic(**vars(parser.parse_args()))
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main, "extras.arithmetic")

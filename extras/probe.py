@@ -137,12 +137,11 @@ def first_speedup(signal, useful):
     return (q / useful.double().mean(-1)).sqrt()
 
 
-def with_interval(statistic, signal, useful, draws=2000):
-    """The statistic and its 95% bootstrap interval over questions, as text."""
+def estimate(statistic, signal, useful, draws=2000):
+    """(value, low, high): the statistic and its 95% bootstrap interval over questions."""
     generator = torch.Generator().manual_seed(0)
     rows = torch.randint(len(signal), (draws, len(signal)), generator=generator)
-    low, high = interval(statistic(signal[rows], useful[rows]))
-    return f"{statistic(signal, useful).item():.2f} [{low:.2f}, {high:.2f}]"
+    return statistic(signal, useful).item(), *interval(statistic(signal[rows], useful[rows]))
 
 
 # --- The report -----------------------------------------------------------------------------------
@@ -168,10 +167,27 @@ def probe(config, n_questions):
     print(f"completions        {rewards.numel()} in {time.perf_counter() - began:.0f} s")
     if 0 < n_useful < n_groups:
         print("\nsignal                     AUC                  speed-up at the start")
+        verdicts = []
         for name, signal in signals.items():
-            cells = [with_interval(statistic, signal, useful) for statistic in (auc, first_speedup)]
+            values = [estimate(statistic, signal, useful) for statistic in (auc, first_speedup)]
+            cells = ["{:.2f} [{:.2f}, {:.2f}]".format(*value) for value in values]
             print(f"{name:<26} {cells[0]:<20} {cells[1]}")
+            verdicts.append(verdict(name, values[0], values[1][0]))
+        print("", *verdicts, sep="\n")
     print(f"\n{conclude(n_useful, n_groups)}")
+
+
+def verdict(name, auc_estimate, speedup):
+    """What the AUC, as (value, low, high), and the speed-up at the start mean, in words."""
+    _, low, high = auc_estimate
+    where = "does not tell useful groups from others"
+    if low > 0.5:
+        where = "puts useful groups first"
+    if high < 0.5:
+        where = "puts useful groups last"
+    flags = {"C": "--curriculum angle", "length, shortest first": "--curriculum length"}
+    curriculum = flags.get(name, "an order by it")
+    return f"{name} {where}: {curriculum} would start at {speedup:.2f} times the speed of uniform."
 
 
 def conclude(n_useful, n_groups):

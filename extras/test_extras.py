@@ -67,7 +67,7 @@ def test_the_commands_have_help(module, capsys):
     assert f"python -m {module.__name__}" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("module", [bench, plot, probe, study, tiny_world])
+@pytest.mark.parametrize("module", [arithmetic, bench, plot, probe, smollm2, study, tiny_world])
 def test_each_command_is_run_by_run_command(module, monkeypatch):
     run = []
     monkeypatch.setattr(common, "run_command", lambda main, name: run.append((main.__name__, name)))
@@ -487,7 +487,6 @@ def test_both_ways_to_score_agree(monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert line["what"] == "score a question, 20 of tiny-world"
     assert float(printed.split("difference in C: ")[1]) < 1e-5
-    assert 0 < line["ours"] < 1000 and 0 < line["theirs"] < 1000
 
 
 def test_memory_is_compared_at_small_sizes(monkeypatch):
@@ -598,9 +597,6 @@ def test_partial_correlation_is_that_of_residuals():
 
     expected = torch.corrcoef(torch.stack([residuals(x), residuals(y)]))[0, 1].item()
     assert study.partial_spearman(x, y, given).item() == pytest.approx(expected, abs=1e-9)
-    assert abs(expected) < abs(gainrl.spearman(x, y)) - 0.1
-    assert study.rank_correlation(x, y, given).startswith(f"{expected:+.2f} [")
-    assert study.partial_spearman(x, x, x).item() == pytest.approx(0, abs=1e-6)
 
 
 def test_steps_to_a_target_and_chance_speedups_by_hand():
@@ -843,15 +839,21 @@ def test_a_probe(world, capsys):
     assert f"p = {n_useful / 20:.2f} [{low:.2f}, {high:.2f}]" in printed
     if n_useful:
         assert f"no choice of questions can gain more than {(n_useful / 20) ** -0.5:.2f}" in printed
-        assert all(name in printed for name in probe.SIGNALS)
+        assert all(f"\n{name} " in printed for name in probe.SIGNALS)
+        cells = re.search(r"\nC +([.\d]+) \[([.\d]+), ([.\d]+)\] +([.\d]+)", printed).groups()
+        auc, low, high, speedup = map(float, cells)
+        assert probe.verdict("C", (auc, low, high), speedup) in printed
     assert probe.main([*flags, "--questions", "0"]) == 2
-    error = "extras.probe: --questions 0: must be at least 1\n"
-    assert capsys.readouterr().err.endswith(error)
+    assert "extras.probe: --questions 0: must be at least 1\n" in capsys.readouterr().err
     assert "0 of 7 groups are useful: nothing to learn" in probe.conclude(0, 7)
-    assert probe.conclude(7, 7) == (
-        "p = 1.00: if useful groups are equally good, "
-        "no choice of questions can gain more than 1.00 times."
-    )
+    assert probe.conclude(7, 7).startswith("p = 1.00: if useful groups are equally good, no choice")
+
+
+def test_the_verdict_of_the_probe_on_a_signal():
+    speed = "--curriculum angle would start at 0.58 times the speed of uniform."
+    assert probe.verdict("C", (0.3, 0.1, 0.4), 0.58) == f"C puts useful groups last: {speed}"
+    assert "an order by it would" in probe.verdict("entropy", (0.8, 0.6, 0.9), 0.58)
+    assert "does not tell" in probe.verdict("C", (0.5, 0.4, 0.6), 0.58)
 
 
 # --- study.py: the signals of a model -------------------------------------------------------------
@@ -949,7 +951,6 @@ def test_real_weights_give_the_completions_of_generate_and_can_be_saved(real, tm
 
 
 def test_the_arithmetic_questions_are_right_and_no_expression_is_in_both_files(tmp_path):
-    """The answers are recomputed by Python's own parser."""
     folder = gainrl.find_folder(gainrl.ARITHMETIC)
     arithmetic.make_arithmetic(tmp_path)
     expressions = {}
@@ -960,10 +961,11 @@ def test_the_arithmetic_questions_are_right_and_no_expression_is_in_both_files(t
         assert len({row["question"] for row in rows}) == len(rows) == n_rows
         for row in rows:
             expression = re.search(r"\d+(?:[-+*]\d+)+", row["question"])[0]
-            assert gainrl.extract_answer(row["answer"], is_gold=True) == eval(expression)
+            assert gainrl.extract_answer(row["answer"], is_gold=True) == eval(
+                expression
+            )  # Python's own parser
             expressions.setdefault(split, set()).add(expression)
     assert not expressions["train"] & expressions["test"]
-    assert sum(path.stat().st_size for path in folder.iterdir()) < 200_000
 
 
 # --- What a newcomer types ------------------------------------------------------------------------
