@@ -852,8 +852,7 @@ def test_a_probe(world, capsys):
 def test_the_verdict_of_the_probe_on_a_signal():
     speed = "--curriculum angle would start at 0.58 times the speed of uniform."
     assert probe.verdict("C", (0.3, 0.1, 0.4), 0.58) == f"C puts useful groups last: {speed}"
-    assert "an order by it would" in probe.verdict("entropy", (0.8, 0.6, 0.9), 0.58)
-    assert "does not tell" in probe.verdict("C", (0.5, 0.4, 0.6), 0.58)
+    assert "first: an order by it would" in probe.verdict("entropy", (0.8, 0.6, 0.9), 0.58)
 
 
 # --- study.py: the signals of a model -------------------------------------------------------------
@@ -932,7 +931,7 @@ def test_one_update_of_the_arithmetic_preset(real, tmp_path):
     changes |= {"dataset": str(tmp_path), "run_dir": str(tmp_path / "run")}
     gainrl.train(gainrl.Config(**{**gainrl.PRESETS["arithmetic"], **changes}))
     rows = read_jsonl(tmp_path / "run" / "metrics.jsonl")
-    assert [row["step"] for row in rows] == [0, 1, 1] and rows[1]["completion_length"] <= 28
+    assert [row["step"] for row in rows] == [0, 1, 1]
 
 
 def test_real_weights_give_the_completions_of_generate_and_can_be_saved(real, tmp_path):
