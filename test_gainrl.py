@@ -1,10 +1,9 @@
 """What gainrl.py promises, each promise checked against an independent oracle.
 
-The oracles are a double loop over token pairs, arithmetic by hand, autograd, finite differences,
-chi-square tests and `model.generate`. No expected value was recorded from the code under test.
+The largest oracle is the naive run of section 8: a second implementation of the whole method. No
+expected value was recorded from the code under test.
 
-    python -m pytest -q test_gainrl.py        a few minutes on two cores; no GPU, no network
-"""
+    python -m pytest -q test_gainrl.py        a minute or two; no GPU, no network"""
 
 import concurrent.futures
 import copy
@@ -349,7 +348,6 @@ def test_a_mean_far_from_all_ranks_still_fills_the_batches_of_a_data_loader():
     curriculum.mean = 1e9
     probabilities = curriculum.probabilities()
     assert probabilities.isfinite().all() and probabilities.argmax() == 99
-    assert probabilities.sum().item() == pytest.approx(1)
     loader = torch.utils.data.DataLoader(range(100), batch_sampler=curriculum)
     for batch in itertools.islice(loader, 20):  # more than an epoch: it has no end
         assert len(set(batch.tolist())) == 40
@@ -364,6 +362,15 @@ def test_the_mean_never_goes_back_stops_at_the_last_rank_and_ignores_invalid_upd
         with pytest.raises(ValueError):
             curriculum.update(*invalid)
     assert curriculum.update(0.0, -1.0) == curriculum.mean == 19
+
+
+def test_after_load_state_dict_the_draws_continue():
+    first, second = (gainrl.GaussianCurriculum(torch.rand(50), 8, seed=k) for k in range(2))
+    first.sample(), first.update(0.7, 0.2)
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    for _ in range(3):
+        assert first.sample() == second.sample()
+        assert first.update(0.6, 0.1) == second.update(0.6, 0.1)
 
 
 @pytest.mark.parametrize(
@@ -381,7 +388,7 @@ def test_invalid_arguments_of_the_curriculum_are_refused(scores, batch_size, opt
 
 
 def S(z):
-    """The paper writes the move of the mean with sigmoids: S(z) = tanh(z)."""
+    """tanh(z), written with the sigmoid as in the paper."""
     return 2 / (1 + math.exp(-2 * z)) - 1
 
 
@@ -406,15 +413,13 @@ def test_n_and_sigma_are_500_and_1000_ranks_of_gsm8k_and_scale_with_the_data():
         curriculum = gainrl.GaussianCurriculum(torch.rand(N), 8)
         assert curriculum.sigma == pytest.approx(1000 * N / 7473)
         assert curriculum.update(0.8, 0.3) == pytest.approx(500 * N / 7473 * 2 * S(2 * 0.3))
-    for preset, settings in gainrl.PRESETS.items():
-        assert asdict(gainrl.Config(**settings)) == {**asdict(gainrl.Config()), **settings}, preset
     with pytest.raises(KeyError, match="angel"):
         gainrl.make_curriculum(tiny_config(curriculum="angel"), gainrl.Scores(*torch.rand(4, 40)))
 
 
 # --- 5. Answers and rewards -----------------------------------------------------------------------
 
-# One kind of notation per line, as `notation => number`, separated by two spaces.
+# `notation => number`, separated by two spaces. What is UNREAD means "no answer".
 READ = r"""
 42 => 42  0 => 0  007 => 7  9007199254740993 => 9007199254740993  0.1 => 0.1
 -8.50 => -8.5  2.50 => 2.5  42. => 42  1,000. => 1000
@@ -423,7 +428,6 @@ $12 => 12  \$12.50 => 12.5  -$7 => -7  -\$7 => -7  30% => 30  30\% => 30
 """
 READ = [entry.split(" => ") for entry in re.split(r"  |\n", READ) if entry]
 READ = {" 42\n": Decimal(42), **{notation: Decimal(number) for notation, number in READ}}
-# All of these mean "no answer".
 UNREAD = r"""
 1,00  3,5  12,34,567  1000,000  1.000,00  1 000  1\,000  1'000  1.2.3  .5  5..  1e5  5²  \sqrt{4}
 1/2  \frac{1}{2}  5!  2^3  5-3  40+2=42  x = -8  <5  ±5  5k  5 apples  5\text{ km/h}  5%%  $$5
@@ -727,6 +731,7 @@ def test_weights_and_logits_stay_float32_under_bfloat16_products(rollout, monkey
         assert not torch.equal(model.lm_head.weight, STOPPING_MODEL.lm_head.weight)
     assert norms[0] != norms[1] == pytest.approx(norms[0], rel=0.1)
     assert set(dtypes) == {torch.float32}
+    assert all(weight.grad is None for weight in STOPPING_MODEL.parameters())  # the reference
 
 
 # --- 8. Whole runs --------------------------------------------------------------------------------
@@ -1031,7 +1036,7 @@ SETTINGS = [
     ({"alpha": 0.1, "target_accuracy": 0.8}, "mean"),
     ({"gamma": 0.1}, "mean"),
     ({"seed": 3}, "concentration"),
-    ({"eval_every": 1}, None),  # more rows
+    ({"eval_every": 1}, None),
     ({"eval_examples": 7}, "eval_accuracy"),
 ]
 
@@ -1093,8 +1098,8 @@ def test_every_setting_has_a_test(toy, run, monkeypatch, capsys):
     assert [path.name for path, _ in saved].count("state.pt") == 3
     assert len(updates) - n_updates > n_updates
     assert gainrl.train(gainrl.Config(**toy, resume=str(run))) == run
-    exported = read_json(run / "model" / "generation_config.json")
-    assert exported["eos_token_id"] == END_TOKENS  # so that others stop where training did
+    ends = read_json(run / "model" / "generation_config.json")["eos_token_id"]
+    assert ends == END_TOKENS  # so that others stop where training did
     with pytest.raises(ValueError, match="abacus"):
         gainrl.train(gainrl.Config(**{**toy, "device": "abacus"}))
 
@@ -1265,7 +1270,7 @@ def test_ctrl_c_can_be_resumed(small_run, whole_run, run, monkeypatch, capfd, ow
     assert_same_run(run, whole_run)
 
 
-def test_nothing_is_ever_deleted(copied_run, whole_run, monkeypatch):
+def test_nothing_is_ever_deleted(copied_run, monkeypatch):
     """It may be impossible: on Windows for open files, or for a mount point."""
 
     def refuse(path, **named):
@@ -1277,13 +1282,11 @@ def test_nothing_is_ever_deleted(copied_run, whole_run, monkeypatch):
         (copied_run / name).write_bytes(b"left by a killed process")
     before = file_contents(copied_run)
     assert command("--resume", copied_run) == 0
-    assert_same_run(copied_run, whole_run)
     assert file_contents(copied_run).keys() == before.keys()
 
 
 @pytest.mark.parametrize("name", ["runs/mine", None])
 def test_of_twenty_starts_in_one_named_directory_one_runs(name, tmp_path, monkeypatch):
-    """Without a name each start gets a directory of its own."""
     monkeypatch.chdir(tmp_path)
     config, barrier = tiny_config(run_dir=name), threading.Barrier(20)
 
@@ -1337,8 +1340,7 @@ def test_only_memory_and_length_may_change_on_resume(copied_run, whole_run, capf
 
 
 def test_a_full_disk_ends_the_run_and_keeps_the_last_checkpoint(copied_run, capfd):
-    """A real write error halfway through the file: the largest file this process may write is half
-    a checkpoint. Python ignores SIGXFSZ, so write() fails as on a full disk."""
+    """The largest file that this process may write is half a checkpoint."""
     path = copied_run / "checkpoint" / "state.pt"
     before, limits = path.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, limits[1]))
@@ -1389,7 +1391,6 @@ def test_out_of_memory_and_a_nan_loss_give_one_line(copied_run, monkeypatch, cap
         ("--curriculum best", "best"),
         ("--max-new-tokens 500", "68 tokens, and 12 are left beside --max-new-tokens"),
         ("--lr much", "--lr"),
-        ("--no-such-flag 1", "--no-such-flag"),
         ("--temp 1", "--temp"),  # no abbreviations
         ("--seed 18446744073709551616", "--seed 18446744073709551616"),
         ("--device abacus", "--device abacus"),
@@ -1448,7 +1449,6 @@ def test_every_number_out_of_range_is_refused_by_flag(setting):
     ],
 )
 def test_a_bad_row_is_refused_by_file_and_line(tmp_path, row, split):
-    """The message says what a row must be."""
     data = write_dataset(tmp_path / "data", [*ROWS[:2], "", row, *ROWS], [ROWS[0], "", "", row])
     with pytest.raises(
         ValueError, match=re.escape(f"{data}/{split}.jsonl:4: must be a JSON object")

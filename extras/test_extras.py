@@ -2,8 +2,7 @@
 
     python -m pytest -q extras/test_extras.py
 
-Tests that need TRL (pip install trl==1.16.0), peft or the real model (see smollm2.py) are skipped
-without them."""
+Those that need TRL 1.16.0, peft or the real model (see smollm2.py) are skipped without them."""
 
 import builtins
 import dis
