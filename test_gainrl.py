@@ -1037,7 +1037,7 @@ SETTINGS = [
     ({"gamma": 0.1}, "mean"),
     ({"seed": 3}, "concentration"),
     ({"eval_every": 1}, None),
-    ({"eval_examples": 7}, "eval_accuracy"),
+    ({"eval_examples": 9, "group_size": 2}, "eval_accuracy"),  # two batches
 ]
 
 
