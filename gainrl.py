@@ -1,22 +1,20 @@
 """GAIN-RL in one file: GRPO that chooses its questions by the angles between token vectors.
 
 GRPO samples a group of completions for each question and makes the correct ones more likely. A
-group teaches something only if its rewards differ. GAIN-RL ("Angles Don't Lie", arXiv 2506.02281,
-NeurIPS 2025) chooses the questions with a signal read from the model itself:
+group teaches something only if its rewards differ, so the choice of questions matters. GAIN-RL
+("Angles Don't Lie", arXiv 2506.02281, NeurIPS 2025) chooses by a signal read from the model itself:
 
     1. Score   each question by its angle concentration C = C_intra + C_inter. C_intra is the mean
-               cosine between the hidden states of the question's tokens. C_inter is the mean cosine
-               between these and the states of the prefix, the text in front of every question.
+               cosine between the question's hidden states after the final norm. C_inter is the
+               mean cosine between these and the states of the prefix, in front of every question.
     2. Rank    the questions by C, highest first.
     3. Train   on batches from a Gaussian over the ranks. Its mean mu starts at 0. High accuracy and
                C move it on: mu += n max(0, tanh(alpha (accuracy - beta)) + tanh(gamma C)).
 
-                  rank 0, highest C                      rank N - 1, lowest C
+    for example   rank 0, highest C                      rank N - 1, lowest C
         batch 0   |###==--.                                                 |
         batch 10  |              .--==#####==--.                            |
-        batch 25+ |                                                 .--==###|
-
-This is the pace of the defaults at C = 0.85 and accuracy 1/3, out of 200 batches.
+        batch 25  |                                                 .--==###| to the end of the run
 
 The paper claims that aligned token vectors predict large gradients. Section 5 says what of this is
 exact, and extras/STUDY.md tests the rest.
@@ -38,7 +36,7 @@ exact, and extras/STUDY.md tests the rest.
     mu, sigma     mean and width of the Gaussian     mean, sigma         0 to N - 1, 1000 ranks
     n             unit of its moves                  stride              500 ranks
     beta          accuracy that adds no move         target_accuracy     0.5
-    alpha, gamma  weights of accuracy and C          alpha, gamma        2, 2
+    alpha, gamma  slopes of accuracy and C           alpha, gamma        2, 2
     A             advantage of a completion          advantages          -2.5 to 2.5
     epsilon       clip range of the ratio            clip_eps            0.2
 
@@ -52,7 +50,7 @@ Deliberate choices in GRPO:
     - No dynamic sampling, overlong filter or entropy bonus.
     - One GPU trains and samples. For several, see extras/train_trl.py."""
 
-# --- 1. Imports
+# --- 1. Imports (to copy a single section, take those that its head names)
 
 import argparse
 import contextlib
@@ -120,7 +118,7 @@ class Config:
     preset: Literal["gsm8k", "tiny", "arithmetic"] = setting("gsm8k", "tiny if there is no GPU")
     model: str = setting("Qwen/Qwen2.5-0.5B-Instruct", "hub name or folder")
     dataset: str = setting("openai/gsm8k", "hub name or folder")
-    curriculum: Literal["angle", "length", "shuffled", "uniform"] = setting("angle", "see README")
+    curriculum: Literal["angle", "length", "shuffled", "uniform"] = setting("angle", "the order")
     steps: int = setting(200, "batches to train on; 0 only scores and ranks")
     prompts_per_step: int = setting(32, "P, questions per batch")
     group_size: int = setting(8, "G, completions per question")
@@ -134,8 +132,8 @@ class Config:
     sigma: float | None = setting(None, "width of the Gaussian, in ranks (default: 0.134 N)")
     stride: float | None = setting(None, "n, unit of its moves, in ranks (default: 0.067 N)")
     target_accuracy: float = setting(0.5, "beta, the neutral accuracy")
-    alpha: float = setting(2.0, "weight of accuracy in the moves")
-    gamma: float = setting(2.0, "weight of C in the moves")
+    alpha: float = setting(2.0, "slope of accuracy in the moves")
+    gamma: float = setting(2.0, "slope of C in the moves")
     seed: int = setting(0, "of draws and sampling")
     device: str = setting("cuda" if torch.cuda.is_available() else "cpu", "cpu, cuda, cuda:1, mps")
     eval_every: int = setting(50, "batches between evaluations")
@@ -309,11 +307,12 @@ def extract_answer(text, is_gold=False):
 # For a linear layer Y = X W with token rows x_i, any loss, and its gradients g_i = d loss / d y_i,
 #     |d loss / dW|_F^2 = sum_ij (x_i . x_j)(g_i . g_j)  with  x_i . x_j = |x_i| |x_j| cos(theta_ij).
 # This is exact. C averages the cosines inside the question and between question and prefix, with
-# equal weight, as the paper chooses. A GRPO loss also has pairs inside the prefix, pairs with
-# completion tokens, and the g_i. So it does not follow that C predicts its gradient. The paper
-# takes the states after the final norm, lm_head's input, as a proxy for all layers.
+# equal weight, as the paper chooses. It leaves out the norms |x_i|, the g_i, and the pairs inside
+# the prefix and with completion tokens. So it does not follow that C predicts the gradient of a
+# GRPO loss. C is measured after the final norm, at lm_head's input, as a proxy for all layers: at
+# lm_head itself, a GRPO loss has g_i = 0 for all of C's tokens.
 
-Scores = namedtuple("Scores", "intra inter concentration tokens")  # (N,); tokens in the question
+Scores = namedtuple("Scores", "intra inter concentration tokens")  # (N,); tokens per question
 
 
 def angle_concentration(hidden, prefix_mask, question_mask):
@@ -393,7 +392,7 @@ def run_backbone(model, ids, attention_mask=None, cache=None, position_ids=None)
 
 def mixed_precision(device):
     """A context for bfloat16 matrix products, if the GPU has them. Weights stay float32, because
-    bfloat16 rounds updates of 1e-6 away. It caches weights: update them outside."""
+    bfloat16 rounds updates of 1e-6 away. Call optimizer.step() outside: autocast caches weights."""
     enabled = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
 
@@ -428,7 +427,8 @@ class GaussianCurriculum(torch.utils.data.Sampler):
     DataLoader with this batch_sampler needs num_workers=0, because workers draw ahead of update().
 
     With SmolLM2-135M, GSM8K questions have a mean C of 0.85 and a standard deviation of 0.06, so
-    tanh(2C) is about 0.93 and hardly varies. The C term is a steady drift; accuracy steers."""
+    tanh(2C) is about 0.93 and hardly varies. The C term is a steady drift; the accuracy does the
+    steering: a move has 0.17 n at accuracy 0 and 1.7 n at accuracy 1."""
 
     scores: torch.Tensor
     batch_size: int
@@ -479,10 +479,9 @@ class GaussianCurriculum(torch.utils.data.Sampler):
     def update(self, accuracy, concentration):
         """Move the mean after a batch with this accuracy and this mean C; returns the mean.
 
-            mean <- mean + stride * (tanh(alpha (accuracy - target)) + tanh(gamma C))
+            mean <- mean + stride * max(0, tanh(alpha (accuracy - target)) + tanh(gamma C))
 
-        It never goes back (as in the authors' code) and stops at the last rank. ValueError if the
-        accuracy is not in [0, 1] or C is not finite."""
+        It stops at the last rank. ValueError if the accuracy is not in [0, 1] or C not finite."""
         if not (0 <= accuracy <= 1 and math.isfinite(concentration)):
             raise ValueError(f"invalid accuracy {accuracy} or C {concentration}")
         move = math.tanh(self.alpha * (accuracy - self.target_accuracy))
@@ -612,8 +611,8 @@ def grpo_loss(
 
     advantages: (B,), the others (B, L); mask: bool or 0/1. Masked-out values, even inf, affect
     neither loss nor gradient. stats: clip_fraction, the share of tokens whose policy gradient is
-    clipped away, and kl, the mean of k3. It estimates KL(policy || reference), but its gradient is
-    not that of this divergence."""
+    clipped away, and kl, the mean of k3. That mean estimates KL(policy || reference), but its
+    gradient is not the gradient of this divergence."""
     mask = mask.bool()
     # Masked before exp: exp(inf) has a NaN gradient even where it is masked later.
     log_ratio = torch.where(mask, logprobs - old_logprobs, 0.0)
@@ -704,7 +703,7 @@ def generate(model, tokenizer, prompts, config, group_size=1, generator=None):
         )
         end_ids = end_tokens(model, tokenizer, prompts[0])
         decode_rows = decode
-        if device.type == "cuda":  # optional and three times as fast; later calls draw other tokens
+        if device.type == "cuda":  # optional, three times as fast; from call 2 on, other draws
             with contextlib.suppress(ImportError):
                 from extras.cuda_graph import decode as decode_rows
         decode_rows(model, cache, hidden, ids, attention_mask, end_ids, config, generator)
@@ -801,7 +800,7 @@ def load_task(config):
     model, tokenizer = load_model(config.model, config.device)
     limits = model.config.get_text_config()
     context = getattr(limits, "max_position_embeddings", None) or math.inf
-    # Past the original length, some RoPE variants rotate all keys anew, and cached keys are wrong.
+    # Past the original length, longrope rotates all keys anew, and cached keys are wrong.
     rope = getattr(limits, "rope_parameters", None) or {}
     longest = (rope.get("original_max_position_embeddings") or context) - config.max_new_tokens
     problems = load_problems(tokenizer, config.dataset, "train", longest)
@@ -1051,8 +1050,9 @@ def parse_config(argv=None):
     given = {k: v for k, v in vars(parser.parse_args(argv, unset)).items() if v is not None}
     if "resume" in given:
         settings = read_config(given["resume"])
+        settings["run_dir"] = None
         for name in given.keys() - {"steps", "micro_batch", "checkpoint_every", "resume"}:
-            old, new = settings.get(name, given["resume"]), given[name]
+            old, new = settings[name], given[name]
             is_moved = name in ("model", "dataset") and os.path.isabs(old) and Path(new).is_dir()
             if new != old and not is_moved:
                 raise ValueError(f"{flag(name)}: the resumed run keeps {old}")
