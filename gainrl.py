@@ -37,12 +37,9 @@ exact, and extras/STUDY.md tests the rest.
     n             unit of its moves                  stride              500 ranks
     beta          accuracy that adds no move         target_accuracy     0.5
     alpha, gamma  slopes of accuracy and C           alpha, gamma        2, 2
-    A             advantage of a completion          advantages          -2.5 to 2.5
-    epsilon       clip range of the ratio            clip_eps            0.2
 
 Deliberate choices in GRPO:
 
-    - Advantages are z-scores within a group, as in the GRPO paper.
     - The loss is the mean over all tokens of a batch. The GRPO paper averages each completion
       first, so the tokens of long ones weigh less.
     - One optimizer update per batch (--updates), so the ratio is 1 and nothing is clipped.
@@ -148,7 +145,8 @@ class Config:
         for name, value in vars(self).items():
             low, high = lowest.get(name, 0 if name in may_be_0 else 1), 2**31
             if isinstance(value, int | float) and not low <= value <= high:  # also refuses NaN
-                raise ValueError(f"{flag(name)} {value}: must be from {low} to {high}")
+                option = "--" + name.replace("_", "-")
+                raise ValueError(f"{option} {value}: must be from {low} to {high}")
         if self.model == TINY_WORLD and self.dataset != TINY_WORLD:
             raise ValueError("--dataset needs another --model: the tiny one knows only its words")
         if self.run_dir and Path(self.run_dir).exists():
@@ -157,10 +155,6 @@ class Config:
             path = getattr(self, name)
             if path not in (TINY_WORLD, ARITHMETIC) and Path(path).is_dir():
                 setattr(self, name, os.path.abspath(path))
-
-
-def flag(name):
-    return "--" + name.replace("_", "-")
 
 
 # --- 3. The loop
@@ -216,8 +210,6 @@ def train(config):
 # A rendered prompt, with its question in [brackets]:
 #   <|im_start|>system Solve ... What is 2+2? ... <|im_start|>user [Ben has 6 cards. ... How many
 #   cards does Ben have now?] <|im_end|> <|im_start|>assistant
-# In the tiny world, this question has a high C, 0.73. One with a low C, 0.46: "Cid has 18 birds. On
-# Monday Cid loses 8. On Tuesday Cid gets 4. On Wednesday Cid loses 9. On Thursday ..."
 
 # ids[:start] is the prefix, ids[start:end] the question. A token across the border is in the
 # question, so prefixes can differ by a token.
@@ -309,8 +301,8 @@ def extract_answer(text, is_gold=False):
 # This is exact. C averages the cosines inside the question and between question and prefix, with
 # equal weight, as the paper chooses. It leaves out the norms |x_i|, the g_i, and the pairs inside
 # the prefix and with completion tokens. So it does not follow that C predicts the gradient of a
-# GRPO loss. C is measured after the final norm, at lm_head's input, as a proxy for all layers: at
-# lm_head itself, a GRPO loss has g_i = 0 for all of C's tokens.
+# GRPO loss. C is measured after the final norm, as a proxy for all layers: at lm_head itself, a
+# GRPO loss has g_i = 0 for all of C's tokens.
 
 Scores = namedtuple("Scores", "intra inter concentration tokens")  # (N,); tokens per question
 
@@ -322,8 +314,7 @@ def angle_concentration(hidden, prefix_mask, question_mask):
         C_inter = mean of cos(theta_ij) over i in the question, j in the prefix
 
     hidden: (B, T, D), any float dtype. Masks: (B, T), bool or 0/1; padding, on either side, is in
-    neither. Without a prefix C_inter is 0. ValueError for a row without a question token. The pairs
-    i = j add (1 - c)/k if the others of k tokens average c, which favors short questions."""
+    neither. Without a prefix C_inter is 0. ValueError for a row without a question token."""
     prefix_mask, question_mask = prefix_mask.bool(), question_mask.bool()
     empty_rows = (~question_mask.any(1)).nonzero()
     if len(empty_rows):
@@ -347,7 +338,6 @@ def score_prompts(model, prompts, batch_size=64):
     padded. ValueError if the prompts share no first token."""
     device = model.device
     intra_inter = torch.zeros(2, len(prompts))
-    # commonprefix works on lists too.
     shared_ids = os.path.commonprefix([prompt.ids[: prompt.start] for prompt in prompts])
     if not shared_ids:
         raise ValueError("the prompts share no first token")
@@ -370,9 +360,8 @@ def score_prompts(model, prompts, batch_size=64):
                 measured = angle_concentration(hidden, prefix_mask, ~prefix_mask)
                 intra_inter[:, rows] = torch.stack(measured).cpu()
 
-    intra, inter = intra_inter
     tokens = torch.tensor([prompt.end - prompt.start for prompt in prompts])
-    return Scores(intra, inter, intra + inter, tokens)
+    return Scores(*intra_inter, intra_inter.sum(0), tokens)
 
 
 def run_backbone(model, ids, attention_mask=None, cache=None, position_ids=None):
@@ -428,7 +417,7 @@ class GaussianCurriculum(torch.utils.data.Sampler):
 
     With SmolLM2-135M, GSM8K questions have a mean C of 0.85 and a standard deviation of 0.06, so
     tanh(2C) is about 0.93 and hardly varies. The C term is a steady drift; the accuracy does the
-    steering: a move has 0.17 n at accuracy 0 and 1.7 n at accuracy 1."""
+    steering."""
 
     scores: torch.Tensor
     batch_size: int
@@ -532,7 +521,7 @@ def grpo_update(model, reference, optimizer, rollout, advantages, config):
     for _ in range(config.updates):
         while True:
             try:
-                logprobs, stats = compute_gradient(
+                old_logprobs, stats = compute_gradient(
                     model, reference, rollout, advantages, old_logprobs, config
                 )
                 break
@@ -542,8 +531,6 @@ def grpo_update(model, reference, optimizer, rollout, advantages, config):
             # Not in `except`: there the error keeps the failed tensors alive.
             config.micro_batch //= 2
             tqdm.write(f"out of memory: continuing with --micro-batch {config.micro_batch}")
-        if old_logprobs is None:
-            old_logprobs = logprobs
         stats["grad_norm"] = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
         if not math.isfinite(stats["grad_norm"] + stats["loss"]):
             raise FloatingPointError(f"not finite, start a new run with a lower --lr: {stats}")
@@ -558,15 +545,13 @@ def is_out_of_memory(error):
 
 
 def compute_gradient(model, reference, rollout, advantages, old_logprobs, config):
-    """Set the gradient of grpo_loss; returns the log-probabilities (B, L), and loss, kl and
-    clip_fraction. advantages: (P, G). old_logprobs: (B, L), or None in the first update.
+    """Set the gradient of grpo_loss; returns old_logprobs (B, L), and loss, kl and clip_fraction.
+    advantages: (P, G). old_logprobs: None in the first update of a batch, which measures them.
 
     Micro-batches, weighted by their tokens, add up to the gradient of the batch. They hold rows of
     similar length, to save padding. Without a KL term, rows of advantage 0 are skipped."""
     lengths = rollout.completion_mask.sum(1)
     n_tokens = lengths.sum().item()
-    prompt_length = rollout.ids.shape[1] - rollout.completion_mask.shape[1]
-    group_size = advantages.shape[1]
     advantages = advantages.flatten().to(lengths.device)
     active_rows = lengths.argsort(stable=True)
     if not config.kl_coef:
@@ -574,7 +559,7 @@ def compute_gradient(model, reference, rollout, advantages, old_logprobs, config
     # Zeros, not None: if no row is active, AdamW must still move by its momentum.
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
-    all_logprobs = torch.zeros(rollout.completion_mask.shape, device=rollout.ids.device)
+    all_old = torch.zeros(rollout.completion_mask.shape, device=rollout.ids.device)
     stats = {"loss": 0.0, "kl": 0.0, "clip_fraction": 0.0}
     for first in range(0, len(active_rows), config.micro_batch):
         # msort: rows of a prompt are neighbors again, and share one run of it.
@@ -582,23 +567,22 @@ def compute_gradient(model, reference, rollout, advantages, old_logprobs, config
         used = rollout.attention_mask[rows].any(0)  # columns that are not only padding
         ids = rollout.ids[rows][:, used]
         attention_mask = rollout.attention_mask[rows][:, used]
-        mask = rollout.completion_mask[rows][:, used[prompt_length:]]
-        length = mask.shape[1]
-        inputs = (ids, attention_mask, length, config.temperature, rows // group_size)
+        length = lengths[rows].max().item()
+        inputs = (ids, attention_mask, length, config.temperature, rows // config.group_size)
         logprobs = completion_logprobs(model, *inputs)
-        all_logprobs[rows, :length] = logprobs.detach()
+        old = logprobs.detach() if old_logprobs is None else old_logprobs[rows, :length]
+        all_old[rows, :length] = old
         kl_terms = ()
         if config.kl_coef:
             with torch.no_grad():
                 kl_terms = (completion_logprobs(reference, *inputs), config.kl_coef)
-        old = (all_logprobs if old_logprobs is None else old_logprobs)[rows, :length]
-        inputs = (logprobs, old, advantages[rows], mask, config.clip_eps)
+        inputs = (logprobs, old, advantages[rows], attention_mask[:, -length:], config.clip_eps)
         loss, loss_stats = grpo_loss(*inputs, *kl_terms)
         share = lengths[rows].sum().item() / n_tokens
         (loss * share).backward()
         for name, value in {"loss": loss.item(), **loss_stats}.items():
             stats[name] += share * value
-    return all_logprobs, stats
+    return all_old, stats
 
 
 def grpo_loss(
@@ -611,8 +595,7 @@ def grpo_loss(
 
     advantages: (B,), the others (B, L); mask: bool or 0/1. Masked-out values, even inf, affect
     neither loss nor gradient. stats: clip_fraction, the share of tokens whose policy gradient is
-    clipped away, and kl, the mean of k3. That mean estimates KL(policy || reference), but its
-    gradient is not the gradient of this divergence."""
+    clipped away, and kl, the mean of k3, which estimates KL(policy || reference)."""
     mask = mask.bool()
     # Masked before exp: exp(inf) has a NaN gradient even where it is masked later.
     log_ratio = torch.where(mask, logprobs - old_logprobs, 0.0)
@@ -673,8 +656,8 @@ def completion_logprobs(model, ids, attention_mask, length, temperature, prompt_
 @torch.no_grad()
 def generate(model, tokenizer, prompts, config, group_size=1, generator=None):
     """A Rollout: group_size completions of each of P Prompts, sampled at config.temperature with a
-    torch.Generator; greedy without one. top_k or penalties of the generation_config are ignored,
-    because log-probabilities would be wrong. FloatingPointError for NaN states."""
+    torch.Generator; greedy without one. Other settings of the generation_config, such as top_k, are
+    ignored. FloatingPointError for NaN states."""
     device = model.device
     ids = torch.nn.utils.rnn.pad_sequence(
         [torch.tensor(prompt.ids) for prompt in prompts], True, -1, padding_side="left"
@@ -696,11 +679,10 @@ def generate(model, tokenizer, prompts, config, group_size=1, generator=None):
 
         cache.batch_repeat_interleave(group_size)
         hidden = hidden[:, -1].repeat_interleave(group_size, dim=0)
-        # Add room for the completions, which decode() writes in place.
-        ids, attention_mask = (
-            F.pad(tensor, (0, config.max_new_tokens)).repeat_interleave(group_size, dim=0)
-            for tensor in (ids, attention_mask)
-        )
+        # decode() writes the completions in place.
+        room = (0, config.max_new_tokens)
+        ids = F.pad(ids, room).repeat_interleave(group_size, dim=0)
+        attention_mask = F.pad(attention_mask, room).repeat_interleave(group_size, dim=0)
         end_ids = end_tokens(model, tokenizer, prompts[0])
         decode_rows = decode
         if device.type == "cuda":  # optional, three times as fast; from call 2 on, other draws
@@ -764,6 +746,8 @@ def next_token(logits, temperature, generator, rows, n_rows):
 
 # --- 8. Evaluation
 
+ACCURACY = "{eval_accuracy:.3f} (95% {eval_low:.3f} to {eval_high:.3f})"
+
 
 def evaluate(model, tokenizer, problems, config):
     """Greedy accuracy, its 95% interval, and the share of readable answers."""
@@ -814,7 +798,7 @@ def load_task(config):
 
 def load_model(name, device):
     """Model (float32, no dropout) and tokenizer of a hub name or folder, or ValueError."""
-    with explain(f"cannot load --model {name}, as a folder or from the hub, on --device {device}"):
+    with explain(f"cannot load --model {name} on --device {device}"):
         path = find_folder(name)
         model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
         # AutoTokenizer would replace the splitting rules of some models.
@@ -851,8 +835,7 @@ def check_model(model, prompt):
         own = -F.cross_entropy(logits, ids[0, prompt.start :], reduction="none")
         ids = F.pad(ids, (3, 0)).expand(2, -1)
         mask = torch.arange(ids.shape[1], device=model.device).expand(2, -1) >= 3
-        prompt_index = ids[:, 0]  # the same: two padded rows share a run of the prompt
-        ours = completion_logprobs(model, ids, mask, length, 1.0, prompt_index)
+        ours = completion_logprobs(model, ids, mask, length, 1.0, ids[:, 0])  # of one prompt
         # Two ways to run SmolLM2-135M differ by up to 0.12 in bfloat16, and 1e-5 in float32.
         tolerance = 0.5 if torch.is_autocast_enabled(model.device.type) else 1e-3
         if not (ours - own).abs().max() <= tolerance:
@@ -862,7 +845,7 @@ def check_model(model, prompt):
 def load_problems(tokenizer, source, split, longest):
     """The rows of a split, as dictionaries with question, answer, index and prompt (a Prompt of at
     most `longest` tokens). ValueError for a bad row, with its file and line."""
-    with explain(f"cannot load --dataset {source}, as a folder or from the hub"):
+    with explain(f"cannot load --dataset {source}"):
         path = Path(find_folder(source), f"{split}.jsonl")
         if path.parent.is_dir():
             lines = path.read_bytes().splitlines()
@@ -891,8 +874,7 @@ def load_problems(tokenizer, source, split, longest):
         if len(prompt.ids) <= longest
     ]
     if not problems:
-        sizes = f"{min(len(prompt.ids) for prompt in prompts)} tokens, and {longest} are left"
-        raise ValueError(f"{path}: the shortest prompt has {sizes} beside --max-new-tokens")
+        raise ValueError(f"{path}: --max-new-tokens leaves {longest} tokens, too few for a prompt")
     if len(problems) < len(rows):
         tqdm.write(f"left out {len(rows) - len(problems)} {split} prompts: too long")
     return problems
@@ -921,20 +903,16 @@ class RunFolder:
                 self.steps_done = state["step"]
         if self.steps_done > config.steps:
             raise ValueError(f"--steps {config.steps}: {self.steps_done} are done already")
-        settings = asdict(config)
-        del settings["run_dir"], settings["resume"]  # a run may be moved
-        write_json(self.path / "config.json", settings, indent=2)
-        names = ("index", *Scores._fields)
-        columns = ([problem["index"] for problem in problems], *(x.tolist() for x in scores))
-        rows = [dict(zip(names, values)) for values in zip(*columns)]
+        write_json(self.path / "config.json", asdict(config), indent=2)
+        rows = [dict(zip(Scores._fields, row)) for row in zip(*(x.tolist() for x in scores))]
+        rows = [{"index": problem["index"], **row} for problem, row in zip(problems, rows)]
         write_json(self.path / "scores.jsonl", *rows)
         correlation = spearman(parts["curriculum"].order.argsort(), scores.tokens)
         tqdm.write(f"Spearman of rank and length: {correlation:.2f}")  # near 1: a sort by length
-        command = ["python", __file__, f"--resume={self.path}"]
-        tqdm.write(f"to continue after a stop: {shlex.join(command)}")
+        command = shlex.join(["python", __file__, f"--resume={self.path}"])
+        tqdm.write(f"to continue after a stop: {command}")
 
     def record_step(self, step, seconds, mean, batch, rollout, rewards, stats):
-        n_tokens = rollout.completion_mask.sum().item()
         useful = rewards.amax(1) > rewards.amin(1)  # groups whose rewards differ
         row = {
             "step": step,
@@ -943,9 +921,8 @@ class RunFolder:
             "mean": mean,
             **stats,
             "useful_groups": useful.float().mean().item(),
-            "completion_length": n_tokens / len(rollout.texts),
+            "completion_length": rollout.completion_mask.sum().item() / len(rollout.texts),
             "seconds": seconds,
-            "tokens_per_second": n_tokens / seconds,
         }
         self.append("metrics", row)
         if step % self.config.eval_every == 0 or step == self.config.steps:
@@ -955,7 +932,7 @@ class RunFolder:
 
     def record_evaluation(self, step, result):
         self.append("metrics", {"step": step, **result})
-        tqdm.write(f"step {step:4}: greedy accuracy {describe(result)}")
+        tqdm.write(f"step {step:4}: greedy accuracy {ACCURACY.format(**result)}")
 
     def append(self, name, row):
         self.logs[name].append(row)
@@ -971,8 +948,8 @@ class RunFolder:
         with explain(f"cannot write {self.path}/model: make room, then --resume", OSError):
             model.save_pretrained(self.path / "model")
             tokenizer.save_pretrained(self.path / "model")
-        results = [describe(row) for row in self.logs["metrics"] if "eval_accuracy" in row]
-        tqdm.write(f"before: {results[0]}, after: {results[-1]}")
+        rows = [row for row in self.logs["metrics"] if "eval_accuracy" in row]
+        tqdm.write(f"before: {ACCURACY.format(**rows[0])}, after: {ACCURACY.format(**rows[-1])}")
 
 
 def create_directory(config):
@@ -986,10 +963,6 @@ def create_directory(config):
         except FileExistsError:
             if config.run_dir:
                 raise
-
-
-def describe(result):
-    return "{eval_accuracy:.3f} (95% {eval_low:.3f} to {eval_high:.3f})".format(**result)
 
 
 def spearman(x, y):
@@ -1031,13 +1004,6 @@ def write_json(path, *values, indent=None):
     write_atomically(path, lambda file: file.write_text(text))
 
 
-def read_config(run_dir):
-    with explain(f"cannot resume {run_dir}"):
-        recorded = json.loads(Path(run_dir, "config.json").read_bytes())
-        names = {setting.name for setting in fields(Config)} - {"run_dir", "resume"}
-        return {name: recorded[name] for name in names}
-
-
 # --- 10. The command line
 
 
@@ -1049,13 +1015,15 @@ def parse_config(argv=None):
     unset = argparse.Namespace(**{setting.name: None for setting in fields(Config)})
     given = {k: v for k, v in vars(parser.parse_args(argv, unset)).items() if v is not None}
     if "resume" in given:
-        settings = read_config(given["resume"])
+        with explain(f"cannot resume {given['resume']}"):
+            recorded = json.loads(Path(given["resume"], "config.json").read_bytes())
+            settings = {name: recorded[name] for name in vars(unset)}
         settings["run_dir"] = None
         for name in given.keys() - {"steps", "micro_batch", "checkpoint_every", "resume"}:
             old, new = settings[name], given[name]
-            is_moved = name in ("model", "dataset") and os.path.isabs(old) and Path(new).is_dir()
+            is_moved = os.path.isabs(str(old)) and Path(new).is_dir()
             if new != old and not is_moved:
-                raise ValueError(f"{flag(name)}: the resumed run keeps {old}")
+                raise ValueError(f"the resumed run keeps --{name.replace('_', '-')} {old}")
     else:
         is_tiny = not (given.keys() & {"model", "dataset"} or torch.cuda.is_available())
         preset = given.get("preset", "tiny" if is_tiny else "gsm8k")
@@ -1085,8 +1053,8 @@ def main(argv=None):
 
 if __name__ == "__main__":
     with open(os.devnull, "w") as nowhere:
-        sys.stdout = sys.stdout or nowhere  # None if it is closed
-        sys.stderr = sys.stderr or nowhere
+        # A closed stream is None.
+        sys.stdout, sys.stderr = sys.stdout or nowhere, sys.stderr or nowhere
         # Logs show each line at once, and a path that the console cannot print ends no run.
         sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
         sys.exit(main())

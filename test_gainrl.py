@@ -396,11 +396,11 @@ def test_the_header_and_the_readme_show_the_defaults():
     config = asdict(gainrl.parse_config(["--preset", "gsm8k"]))
     rows = re.findall(r"^    \w+ .* (\w+) +([\d.]+)$", gainrl.__doc__, re.MULTILINE)
     shown = {name: float(value) for name, value in rows if name in config}
-    names = ("prompts_per_step", "group_size", "max_new_tokens", "target_accuracy", "clip_eps")
+    names = ("prompts_per_step", "group_size", "max_new_tokens", "target_accuracy")
     assert shown == {name: config[name] for name in names}
     assert re.search("^    alpha, gamma .* 2, 2$", gainrl.__doc__, re.MULTILINE)
-    published = (config["alpha"], config["gamma"], config["lr"], config["kl_coef"])
-    assert published == (2, 2, 1e-6, 0.001) and config["updates"] == 1 and config["steps"] == 200
+    names = ("alpha", "gamma", "lr", "kl_coef", "clip_eps", "updates", "steps")
+    assert [config[name] for name in names] == [2, 2, 1e-6, 0.001, 0.2, 1, 200]
     text = " ".join(README.split())
     for phrase in ("32 questions a batch", "512 new tokens", "learning rate of 1e-6", "gamma = 2"):
         assert phrase in text
@@ -1000,9 +1000,7 @@ def assert_agrees(run, config, naive):
     for name, rows in zip(("scores", "metrics", "samples"), logs):
         found = read_rows(run / f"{name}.jsonl")
         for row in found:
-            n_tokens = row.pop("seconds", 0) * row.pop("tokens_per_second", 0)
-            n_rows = config.prompts_per_step * config.group_size
-            assert n_tokens == pytest.approx(row.get("completion_length", 0) * n_rows)
+            assert 0 < row.pop("seconds", 1) < 300
         if name == "samples":
             assert found == rows
         else:
@@ -1109,6 +1107,10 @@ def test_every_setting_has_a_test(toy, run, monkeypatch, capsys):
         gainrl.train(gainrl.Config(**{**toy, "device": "abacus"}))
 
 
+def flag(name):
+    return "--" + name.replace("_", "-")
+
+
 def test_flags_replace_the_settings_of_a_preset_and_help_names_each(monkeypatch, capsys):
     for words in ("--lr 3e-5 --group-size 4", "--lr=3e-5 --group_size=4"):
         config = gainrl.parse_config(["--preset", "tiny", *words.split()])
@@ -1120,7 +1122,7 @@ def test_flags_replace_the_settings_of_a_preset_and_help_names_each(monkeypatch,
     assert command("--preset", "gsm8k", "--help") == 0
     text = "".join(capsys.readouterr().out.split())  # without spaces: it may wrap anywhere
     for setting in fields(gainrl.Config):
-        _, _, described = text.partition(gainrl.flag(setting.name))
+        _, _, described = text.partition(flag(setting.name))
         help_text = setting.metadata["help"] % {"default": setting.default}
         assert "".join(help_text.split()) in described
     assert "None" not in text  # which nobody can type
@@ -1132,7 +1134,7 @@ def test_a_run_directory_has_the_settings_the_weights_and_the_tokenizer(whole_ru
     assert [path.name for path in (whole_run / "checkpoint").iterdir()] == ["state.pt"]
     record, settings = read_json(whole_run / "config.json"), gainrl.parse_config(small_run)
     settings = {**asdict(settings), "steps": 8}
-    assert {**settings, **record} == settings and len(record) == len(settings) - 2
+    assert record == {**settings, "run_dir": str(whole_run)}
     resumed = gainrl.parse_config(["--resume", str(whole_run)])
     assert asdict(resumed) == {**settings, "resume": str(whole_run)}
 
@@ -1200,9 +1202,8 @@ def test_the_context_ends_where_rotary_embeddings_switch(tmp_path, monkeypatch):
 
 
 def without_times(run):
-    times = ("seconds", "tokens_per_second")
     rows = read_rows(run / "metrics.jsonl")
-    return [{key: row[key] for key in row if key not in times} for row in rows]
+    return [{key: row[key] for key in row if key != "seconds"} for row in rows]
 
 
 def assert_same_run(run, other):
@@ -1328,11 +1329,12 @@ def test_only_memory_and_length_may_change_on_resume(copied_run, whole_run, capf
     others["target_accuracy"] = 0.25
     with monkeypatch.context() as patch:
         patch.setattr(gainrl, "load_model", None)  # refused before the model is loaded
-        for name in settings.keys() - {"steps", "micro_batch", "checkpoint_every"}:
-            value, flag = settings[name], gainrl.flag(name)
+        free = "steps micro_batch checkpoint_every run_dir resume"
+        for name in settings.keys() - set(free.split()):
+            value = settings[name]
             other = others.get(name) or (value + "0" if isinstance(value, str) else value + 1)
-            line = refusal(capfd, "--resume", copied_run, flag, other)
-            assert flag in line and str(value) in line
+            line = refusal(capfd, "--resume", copied_run, flag(name), other)
+            assert f"{flag(name)} {value}" in line
         assert "--run-dir" in refusal(capfd, "--resume", copied_run, "--run-dir", "other")
     assert "--steps 7" in refusal(capfd, "--resume", copied_run, "--steps", 7)
     assert file_contents(copied_run) == before
@@ -1392,7 +1394,7 @@ def test_out_of_memory_and_a_nan_loss_give_one_line_and_a_bug_does_not(
     "flags, named",
     [
         ("--curriculum best", "best"),
-        ("--max-new-tokens 500", "68 tokens, and 12 are left beside --max-new-tokens"),
+        ("--max-new-tokens 500", "--max-new-tokens leaves 12 tokens"),
         ("--seed 18446744073709551616", "--seed 18446744073709551616"),
         ("--device abacus", "--device abacus"),
         ("--model no/such-model", "--model no/such-model"),
@@ -1428,7 +1430,7 @@ def test_every_number_out_of_range_is_refused_by_flag(setting):
     elif setting.type is not int:
         bad = []
     for value in bad:
-        with pytest.raises(ValueError, match=f"{gainrl.flag(setting.name)} {value}"):
+        with pytest.raises(ValueError, match=f"{flag(setting.name)} {value}"):
             gainrl.Config(**{setting.name: value})
 
 

@@ -14,6 +14,7 @@ accuracy. The picture in the README is
     python -m extras.plot runs/tiny-angle-0 --method --out extras/figures/method.png"""
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
@@ -190,7 +191,7 @@ def draw_gaussians(panel, run, steps):
     """The probability of each rank at five batches, evenly spaced over the run."""
     import gainrl
 
-    settings = gainrl.read_config(run)
+    settings = json.loads(Path(run, "config.json").read_text())
     n_questions = len(read_rows(run, "scores.jsonl"))
     if not steps:
         raise ValueError(f"{run}: no step is finished yet")
