@@ -1077,7 +1077,7 @@ def test_a_run_of_the_tiny_world_agrees_with_the_naive_run(small_run, run):
     assert_agrees(run, config, run_naively(config, WORLD_TOKENIZER, [1], whole_number))
 
 
-def test_every_setting_has_a_test(toy, run, monkeypatch, capsys):
+def test_every_setting_has_a_test(toy, run, monkeypatch):
     """Those that change no number are tested here."""
     tested = {name for settings, _ in SETTINGS for name in settings}
     others = {"preset", "device", "checkpoint_every", "run_dir", "resume"}
@@ -1089,10 +1089,6 @@ def test_every_setting_has_a_test(toy, run, monkeypatch, capsys):
     monkeypatch.setattr(os, "fsync", synced.append)
     path = gainrl.train(gainrl.Config(**toy, preset="tiny", checkpoint_every=1))
     assert path == Path("runs/tiny-angle-0")
-    evaluations = read_log(path, "eval_accuracy")  # the last line shows the first and the last one
-    names = ("eval_accuracy", "eval_low", "eval_high")
-    shown = [f"{row[name]:.3f}" for row in evaluations[:: len(evaluations) - 1] for name in names]
-    assert re.findall(r"\d\.\d+", capsys.readouterr().out.splitlines()[-1]) == shown
     assert [path.name for path, _ in saved].count("state.pt") == 2
     assert len(synced) == len(saved)  # against power cuts
     n_updates = len(updates)
@@ -1107,10 +1103,6 @@ def test_every_setting_has_a_test(toy, run, monkeypatch, capsys):
         gainrl.train(gainrl.Config(**{**toy, "device": "abacus"}))
 
 
-def flag(name):
-    return "--" + name.replace("_", "-")
-
-
 def test_flags_replace_the_settings_of_a_preset_and_help_names_each(monkeypatch, capsys):
     for words in ("--lr 3e-5 --group-size 4", "--lr=3e-5 --group_size=4"):
         config = gainrl.parse_config(["--preset", "tiny", *words.split()])
@@ -1122,7 +1114,7 @@ def test_flags_replace_the_settings_of_a_preset_and_help_names_each(monkeypatch,
     assert command("--preset", "gsm8k", "--help") == 0
     text = "".join(capsys.readouterr().out.split())  # without spaces: it may wrap anywhere
     for setting in fields(gainrl.Config):
-        _, _, described = text.partition(flag(setting.name))
+        _, _, described = text.partition("--" + setting.name.replace("_", "-"))
         help_text = setting.metadata["help"] % {"default": setting.default}
         assert "".join(help_text.split()) in described
     assert "None" not in text  # which nobody can type
@@ -1250,7 +1242,11 @@ def test_the_printed_command_continues_a_killed_run_bit_for_bit(small_run, whole
     text = log.read_text()
     assert "greedy accuracy" in text and "\r" not in text and "%|" not in text
     (printed,) = re.findall("^to continue after a stop: (.*)$", text, re.MULTILINE)
-    subprocess.run(["sh", "-c", f"{printed} --steps 8"], check=True, **options)
+    options |= {"text": True, "stdout": subprocess.PIPE}
+    done = subprocess.run(["sh", "-c", f"{printed} --steps 8"], check=True, **options)
+    names = ("eval_accuracy", "eval_low", "eval_high")
+    shown = [f"{row[name]:.3f}" for row in read_log(run, names[0])[::3] for name in names]
+    assert re.findall(r"\d\.\d+", done.stdout.splitlines()[-1]) == shown  # before and after
     assert_same_run(run, whole_run)
 
 
@@ -1331,10 +1327,9 @@ def test_only_memory_and_length_may_change_on_resume(copied_run, whole_run, capf
         patch.setattr(gainrl, "load_model", None)  # refused before the model is loaded
         free = "steps micro_batch checkpoint_every run_dir resume"
         for name in settings.keys() - set(free.split()):
-            value = settings[name]
+            value, flag = settings[name], "--" + name.replace("_", "-")
             other = others.get(name) or (value + "0" if isinstance(value, str) else value + 1)
-            line = refusal(capfd, "--resume", copied_run, flag(name), other)
-            assert f"{flag(name)} {value}" in line
+            assert f"{flag} {value}" in refusal(capfd, "--resume", copied_run, flag, other)
         assert "--run-dir" in refusal(capfd, "--resume", copied_run, "--run-dir", "other")
     assert "--steps 7" in refusal(capfd, "--resume", copied_run, "--steps", 7)
     assert file_contents(copied_run) == before
@@ -1430,7 +1425,7 @@ def test_every_number_out_of_range_is_refused_by_flag(setting):
     elif setting.type is not int:
         bad = []
     for value in bad:
-        with pytest.raises(ValueError, match=f"{flag(setting.name)} {value}"):
+        with pytest.raises(ValueError, match=f"--{setting.name.replace('_', '-')} {value}"):
             gainrl.Config(**{setting.name: value})
 
 

@@ -8,10 +8,10 @@ samples one group for each of 256 random questions and reports the share p of us
 reports how well each signal of a forward pass predicts which groups are useful, and the speed-up
 over uniform draws that this allows at the start of a run. Nothing is trained or written.
 
-The rule behind it: two runs are equally far when their sums of sqrt(p) over the updates are equal.
-So a batch in which a share q of the groups is useful counts sqrt(q / p) times as much as a random
-one, and at most 1 / sqrt(p) times. extras/STUDY.md derives this, tests it, and says where it fails:
-it takes all useful groups for equally good, and an oracle that picked the best ones gained more."""
+The rule behind it: a group with accuracy a has a signal proportional to u = 2 sqrt(a (1 - a)), and
+u_mean is the mean of u over the useful groups. An update makes progress in proportion to
+u_mean sqrt(p), so no choice of questions gains more than 1 / (u_mean sqrt(p)) times. This is a rule
+of thumb. extras/STUDY.md derives it, tests it, and says where it fails."""
 
 import argparse
 import sys
@@ -119,62 +119,93 @@ def interval(drawn):
     return drawn.double().nanquantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
 
 
-def auc(signal, useful):
+def strengths(rewards):
+    """u = 2 sqrt(a (1 - a)) of each group, with a its accuracy: (..., G) -> (...), float64. 0 for a
+    flat group, 1 if half of the completions are correct."""
+    accuracy = rewards.double().mean(-1)
+    return 2 * (accuracy * (1 - accuracy)).sqrt()
+
+
+def progress(u, weights):
+    """u_mean sqrt(p) of a batch: p is the share of useful groups, u_mean the mean u over these.
+    u: (..., N). weights: the chance of each group to be drawn, (N,), with sum 1. NaN if no group is
+    useful."""
+    return (u * weights).sum(-1) / ((u > 0) * weights).sum(-1).sqrt()
+
+
+def bound(u):
+    """The most that a choice among these groups can gain: 1 / (u_mean sqrt(p))."""
+    return 1 / progress(u, torch.full(u.shape[-1:], 1 / u.shape[-1]).double())
+
+
+def auc(signal, u):
     """The probability that a useful group has a higher signal than another one; ties count half.
-    signal: (..., N), useful: bool (..., N). NaN if all groups are useful or none is."""
+    signal, u: (..., N). NaN if all groups are useful or none is."""
+    useful = u > 0
     n_useful = useful.sum(-1)
     wins = (mid_ranks(signal) * useful).sum(-1) - n_useful.double().square() / 2
     return wins / (n_useful * (useful.shape[-1] - n_useful))
 
 
-def first_speedup(signal, useful):
-    """The predicted speed-up over uniform draws at the start of a curriculum: sqrt(q / p). q is the
-    useful share under the first weights of gainrl's Gaussian over the questions, highest signal
-    first. signal: (..., N), useful: bool (..., N). NaN if no group is useful."""
+def first_speedup(signal, u):
+    """The predicted speed-up over uniform draws at the start of a curriculum: the progress() under
+    the first weights of gainrl's Gaussian over the questions, highest signal first, divided by that
+    of uniform draws. signal, u: (..., N). NaN if no group is useful."""
     curriculum = gainrl.GaussianCurriculum(torch.zeros(signal.shape[-1]), 1)
-    in_order = useful.double().gather(-1, signal.argsort(dim=-1, descending=True, stable=True))
-    q = (in_order * curriculum.probabilities()).sum(-1)
-    return (q / useful.double().mean(-1)).sqrt()
+    in_order = u.gather(-1, signal.argsort(dim=-1, descending=True, stable=True))
+    return progress(in_order, curriculum.probabilities()) * bound(u)
 
 
-def estimate(statistic, signal, useful, draws=2000):
-    """(value, low, high): the statistic and its 95% bootstrap interval over questions."""
-    generator = torch.Generator().manual_seed(0)
-    rows = torch.randint(len(signal), (draws, len(signal)), generator=generator)
-    return statistic(signal, useful).item(), *interval(statistic(signal[rows], useful[rows]))
+def estimate(statistic, *columns, draws=2000):
+    """(value, low, high): the statistic of columns (N,) and its 95% bootstrap interval over
+    questions."""
+    n = len(columns[0])
+    rows = torch.randint(n, (draws, n), generator=torch.Generator().manual_seed(0))
+    drawn = statistic(*[column[rows] for column in columns])
+    return statistic(*columns).item(), *interval(drawn)
 
 
 # --- The report -----------------------------------------------------------------------------------
 
 
-def probe(config, n_questions):
-    """Sample, measure and print."""
-    began = time.perf_counter()
+def measure(config, n_questions):
+    """The signals, as from measure_signals(), and the rewards (N, G), of random questions."""
     model, tokenizer, problems, _ = gainrl.load_task(config)
     generator = torch.Generator().manual_seed(config.seed)
     drawn = torch.randperm(len(problems), generator=generator)[:n_questions]
     problems = [problems[index] for index in drawn.tolist()]
     signals = measure_signals(model, [problem["prompt"] for problem in problems])
-    rewards = sample_rewards(model, tokenizer, problems, config)
-    useful = rewards.amax(1) > rewards.amin(1)
-    n_useful, n_groups = useful.sum().item(), len(useful)
-    p = n_useful / n_groups
+    return signals, sample_rewards(model, tokenizer, problems, config)
+
+
+def probe(config, n_questions):
+    """Measure and print."""
+    began = time.perf_counter()
+    signals, rewards = measure(config, n_questions)
+    u = strengths(rewards)
+    n_useful, n_groups = (u > 0).sum().item(), len(u)
     low, high = gainrl.wilson_interval(n_useful, n_groups)
-    bound = f"{p**-0.5:.2f} [{high**-0.5:.2f}, {low**-0.5:.2f}]" if n_useful else "undefined"
-    print(f"useful groups      {n_useful} of {n_groups}: p = {p:.2f} [{low:.2f}, {high:.2f}]")
+    shares = f"p = {n_useful / n_groups:.2f} [{low:.2f}, {high:.2f}]"
+    print(f"useful groups      {n_useful} of {n_groups}: {shares}")
     print(f"accuracy           {rewards.mean():.2f}")
-    print(f"bound 1/sqrt(p)    {bound}")
+    if n_useful:
+        print(f"u_mean             {u[u > 0].mean():.2f}")
+        print(f"bound              {with_interval(*estimate(bound, u))}")
     print(f"completions        {rewards.numel()} in {time.perf_counter() - began:.0f} s")
     if 0 < n_useful < n_groups:
         print("\nsignal                     AUC                  speed-up at the start")
         verdicts = []
         for name, signal in signals.items():
-            values = [estimate(statistic, signal, useful) for statistic in (auc, first_speedup)]
-            cells = ["{:.2f} [{:.2f}, {:.2f}]".format(*value) for value in values]
+            values = [estimate(statistic, signal, u) for statistic in (auc, first_speedup)]
+            cells = [with_interval(*value) for value in values]
             print(f"{name:<26} {cells[0]:<20} {cells[1]}")
             verdicts.append(verdict(name, values[0], values[1][0]))
         print("", *verdicts, sep="\n")
-    print(f"\n{conclude(n_useful, n_groups)}")
+    print(f"\n{conclude(u)}")
+
+
+def with_interval(value, low, high):
+    return f"{value:.2f} [{low:.2f}, {high:.2f}]"
 
 
 def verdict(name, auc_estimate, speedup):
@@ -190,16 +221,17 @@ def verdict(name, auc_estimate, speedup):
     return f"{name} {where}: {curriculum} would start at {speedup:.2f} times the speed of uniform."
 
 
-def conclude(n_useful, n_groups):
+def conclude(u):
     """The closing sentence."""
-    if n_useful == 0:
+    if not u.any():
         return (
-            f"0 of {n_groups} groups are useful: nothing to learn here yet. Try easier questions, "
+            f"0 of {len(u)} groups are useful: nothing to learn here yet. Try easier questions, "
             "a better model or more completions per group."
         )
-    p = n_useful / n_groups
-    bound = f"no choice of questions can gain more than {p**-0.5:.2f} times"
-    return f"p = {p:.2f}: if useful groups are equally good, {bound}."
+    return (
+        "As a rule of thumb, a batch of the best groups, with half of their completions correct, "
+        f"gains {bound(u):.2f} times as much as a random batch at the start, and less later."
+    )
 
 
 def main(argv=None):

