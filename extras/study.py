@@ -30,6 +30,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 import torch
+from matplotlib.figure import Figure
 from tqdm import tqdm
 
 import gainrl
@@ -38,8 +39,8 @@ from extras.common import read_jsonl, run_command
 from extras.probe import interval, with_interval
 from extras.tiny_world import make_tiny_world
 
-# The environment of the processes that train. Base models and runs should be the same on every x86
-# CPU, so all use the same instructions. Keeping freed memory makes a run a quarter faster.
+# Of the processes that train tiny models, so that CPUs of one maker round alike. Keeping freed
+# memory saves a quarter of the time.
 ENVIRONMENT = {
     "ATEN_CPU_CAPABILITY": "avx2",
     "MKL_CBWR": "AVX2",
@@ -109,7 +110,6 @@ QUICK_PART = TINY._replace(rates=(2e-4,), bases=2, seeds=2, eval_examples=8)
 QUICK_PLAN = {Setting(world, 4, 4, 1): QUICK_PART for world in ("scarcest", "opened")}
 QUICK_SIZE = {"n_train": 300, "n_test": 150, "warmup": 30}
 
-# A run of `setting`. base, seed: numbers from 0.
 Run = namedtuple("Run", "setting arm rate base seed")
 
 
@@ -392,20 +392,16 @@ def measure_all(store, plan):
 
 def complete_runs(store, setting, part):
     """The most base models and seeds that all arms of a setting have at all rates: two ranges."""
-
-    def n_seeds(base):
-        product = itertools.product(range(part.seeds), part.rates, part.arms)
-        missing = [
-            s for s, *key in product if Run(setting, key[1], key[0], base, s) not in store.runs
-        ]
-        return min(missing, default=part.seeds)
-
-    seeds = [n_seeds(base) for base in range(part.bases)]
-    sizes = [(n, min(seeds[:n])) for n in range(1, part.bases + 1)]
-    n_bases, seeds = max(sizes, key=lambda size: size[0] * size[1])
-    if seeds < 2:
+    missing = [run for run in runs_of({setting: part}) if run not in store.runs]
+    complete = [
+        min([run.seed for run in missing if run.base == base], default=part.seeds)
+        for base in range(part.bases)
+    ]
+    sizes = [(n, min(complete[:n])) for n in range(1, part.bases + 1)]
+    n_bases, n_seeds = max(sizes, key=math.prod)
+    if n_seeds < 2:
         raise ValueError(f"{describe(setting)}: fewer than two seeds; --rerun makes the others")
-    return range(n_bases), range(seeds)
+    return range(n_bases), range(n_seeds)
 
 
 def arrivals(measures, setting, rate, arm, target):
@@ -476,11 +472,6 @@ def mean_speedup(*steps):
     return torch.stack([speedup(*pair) for pair in zip(slow, fast)]).log().mean(0).exp()
 
 
-def mean_of_all(values):
-    """(..., bases, seeds) -> (...)."""
-    return values.mean((-1, -2))
-
-
 # --- The rule: equal sums of u_mean sqrt(p) -------------------------------------------------------
 # Two arms should be equally far when their sums of a rate of progress over the updates are equal.
 # p and u_mean p are averaged over the seeds of a base model and WINDOW batches before the rate is
@@ -522,10 +513,6 @@ def predicted_logs(rule, slow_steps, slow_useful, slow_strength, fast_useful, fa
     return (steps.clamp(min=1).log() - fast_steps.log()).squeeze(-1)
 
 
-def predicted_speedup(rule, *columns):
-    return predicted_logs(rule, *columns).mean(-1).exp()
-
-
 def log_error(rule, slow_steps, fast_steps, *groups):
     """The logarithm of measured / predicted speed-up, averaged over base models."""
     measured = log_speedups(slow_steps, fast_steps)
@@ -540,6 +527,9 @@ Cell = namedtuple("Cell", "steps groups sign")
 
 
 def cell(measures, setting, rate, arm, target, other="uniform"):
+    """None if an arm was not run there."""
+    if (setting, rate, arm) not in measures:
+        return None
     ours, theirs = measures[setting, rate, arm], measures[setting, rate, other]
     steps, reached = zip(*[arrivals(measures, setting, rate, x, target) for x in (other, arm)])
     slow_fails, fast_fails = [arrived.double().mean() < 0.8 for arrived in reached]
@@ -550,12 +540,16 @@ def cell(measures, setting, rate, arm, target, other="uniform"):
 
 def cell_text(cell):
     """The speed-up with its interval, or as a bound."""
+    if not cell:
+        return ""
     value, low, high = bootstrap(speedup, *cell.steps)
     return with_interval(value, low, high) if not cell.sign else f"{cell.sign} {value:.2f}"
 
 
 def mean_text(cells):
     """The geometric mean over cells with its interval. A bound if a cell is one."""
+    if not all(cells):
+        return ""
     n_bases = min(cell.steps[0].shape[0] for cell in cells)
     n_seeds = min(cell.steps[0].shape[1] for cell in cells)
     columns = [cell.steps[k][:n_bases, :n_seeds] for k in (0, 1) for cell in cells]
@@ -585,100 +579,82 @@ def speedup_table(measures, plan, target):
     rows = [["setting", "rate", *arms]]
     for setting, part in plan.items():
         for rate in part.rates:
-            texts = {
-                arm: cell_text(cell(measures, setting, rate, arm, target)) for arm in part.arms
-            }
-            rows.append([describe(setting), f"{rate:.0e}", *[texts.get(arm, "") for arm in arms]])
+            cells = [cell(measures, setting, rate, arm, target) for arm in arms]
+            rows.append([describe(setting), f"{rate:.0e}", *map(cell_text, cells)])
     tiny = {setting: part for setting, part in plan.items() if setting.world != REAL}
     keys = [(setting, rate) for setting, part in tiny.items() for rate in part.rates]
     for other in ("uniform", "shuffled", "angle"):
         texts = [
-            mean_text([cell(measures, *key, arm, target, other) for key in keys])
-            if all(arm in part.arms for part in tiny.values())
-            else ""
-            for arm in arms
+            mean_text([cell(measures, *key, arm, target, other) for key in keys]) for arm in arms
         ]
         rows.append([f"mean of the tiny worlds, over {other}", "", *texts])
     return rows
 
 
-def arrival_table(measures, plan):
-    """The share of runs that arrive at each target, and the last accuracy."""
-    rows = [["setting", "rate", "arm", "runs", "to 50%", "to 90%", "last accuracy"]]
-    for setting, rate, arm in measures:
-        accuracy = measures[setting, rate, arm].accuracy
-        arrived = [arrivals(measures, setting, rate, arm, target)[1] for target in TARGETS]
-        shares = [f"{reached.double().mean():.0%}" for reached in arrived]
-        ending = f"{accuracy[..., -1].mean():.3f}"
-        row = [describe(setting), f"{rate:.0e}", arm, arrived[0].numel(), *shares, ending]
-        rows.append(row)
+def run_table(measures):
+    """By arm: which share of the runs arrives at each target, the last accuracy, and p and u_mean
+    in each quarter of the runs."""
+    heads = ["to 50%", "to 90%", "last accuracy", "p by quarter", "u_mean by quarter"]
+    rows = [["setting", "rate", "arm", "runs", *heads]]
+    for (setting, rate, arm), (accuracy, *groups) in measures.items():
+        reached = [arrivals(measures, setting, rate, arm, target)[1] for target in TARGETS]
+        shares = [f"{arrived.double().mean():.0%}" for arrived in reached]
+        parts = [x.mean((0, 1)).tensor_split(4) for x in groups]
+        p, strength = [torch.stack([part.mean() for part in quarter]) for quarter in parts]
+        quarters = [" ".join(f"{x:.2f}" for x in values) for values in (p, strength / p)]
+        row = [describe(setting), f"{rate:.0e}", arm, reached[0].numel(), *shares]
+        rows.append([*row, f"{accuracy[..., -1].mean():.3f}", *quarters])
     return rows
 
 
-def usable_cells(measures, plan, target):
+def usable_cells(measures, target):
     """The cells of the tiny worlds over `uniform` that are no bounds: {(setting, rate, arm)}."""
     keys = [key for key in measures if key[2] != "uniform" and key[0].world != REAL]
     cells = {key: cell(measures, *key, target) for key in keys}
     return {key: found for key, found in cells.items() if not found.sign}
 
 
-def mean_of_others(logs):
-    """For each (setting, rate, arm), the mean of the arm's log speed-ups in the other settings; 0
-    if there are none."""
-    return {
-        (setting, rate, arm): statistics.mean(
-            [x for (s, _, a), x in logs.items() if a == arm and s != setting] or [0.0]
-        )
-        for setting, rate, arm in logs
-    }
-
-
-def error_table(measures, plan, target):
+def error_table(measures, target):
     """The mean error of the rule and of its rivals, what chance alone would give (the mean distance
-    of the resampled errors from the error itself), and how many intervals leave out 0."""
-    cells = usable_cells(measures, plan, target)
+    of the resampled errors from the error itself), and how many intervals leave out 1."""
+    cells = usable_cells(measures, target)
     logs = {key: log_speedups(*found.steps).mean(-1).item() for key, found in cells.items()}
 
-    def errors_of(rule):
-        return {key: log_error(rule, *found.steps, *found.groups) for key, found in cells.items()}
+    def errors(rule):
+        return [log_error(rule, *found.steps, *found.groups).item() for found in cells.values()]
 
-    def mean_error(errors, keys=None):
-        values = [abs(float(errors[key])) for key in keys or errors]
-        return f"{math.expm1(statistics.mean(values)):.0%}" if values else ""
+    def mean_error(values):
+        return math.expm1(statistics.mean(map(abs, values)))
 
-    def size(power):
-        return sum(abs(float(error)) for error in errors_of(progress_by_power(power)).values())
-
-    power = min((k / 20 for k in range(31)), key=size)
-    others, constant = mean_of_others(logs), statistics.median(logs.values())
+    power = min((k / 20 for k in range(31)), key=lambda k: mean_error(errors(progress_by_power(k))))
     rules = {
         "u_mean sqrt(p)": progress_by_rule,
         "sqrt(p)": progress_by_power(0.5),
         f"p^k, with the best k, {power:.2f}": progress_by_power(power),
     }
-    tables = {name: errors_of(rule) for name, rule in rules.items()}
-    tables[f"one constant, the best, {math.exp(constant):.2f}"] = {
-        key: value - constant for key, value in logs.items()
+    rows = [["prediction", "mean error", "chance alone", "intervals without 1"]]
+    for name, rule in rules.items():
+        drawn = [
+            resample(partial(log_error, rule), *found.steps, *found.groups, draws=1000)
+            for found in cells.values()
+        ]
+        noise = [(x - error).abs().mean().item() for x, error in zip(drawn, errors(rule))]
+        n_off = sum(low > 0 or high < 0 for low, high in map(interval, drawn))
+        cells_of_row = [f"{mean_error(errors(rule)):.0%}", f"{mean_error(noise):.0%}"]
+        rows.append([name, *cells_of_row, f"{n_off} of {len(cells)}"])
+    constant = statistics.median(logs.values())
+    error = mean_error([value - constant for value in logs.values()])
+    rows.append([f"one constant, the best, {math.exp(constant):.2f}", f"{error:.0%}", "", ""])
+    others = {
+        key: [x for other, x in logs.items() if other[2] == key[2] and other[0] != key[0]]
+        for key in logs
     }
-    tables["the arm's mean in the other settings"] = {k: logs[k] - others[k] for k in logs}
-    usable = [key for key in cells if not key[2].startswith("dynamic")]
-    rows = [["prediction", "mean error", "without oracles", "chance alone", "intervals without 1"]]
-    for name, errors in tables.items():
-        noise, n_off = "", ""
-        if name in rules:
-            drawn = [
-                resample(partial(log_error, rules[name]), *found.steps, *found.groups, draws=1000)
-                for found in cells.values()
-            ]
-            spread = [(x - e).abs().mean().item() for x, e in zip(drawn, errors.values())]
-            noise = f"{math.expm1(statistics.mean(spread)):.0%}"
-            ends = [interval(x) for x in drawn]
-            n_off = f"{sum(low > 0 or high < 0 for low, high in ends)} of {len(cells)}"
-        rows.append([name, mean_error(errors), mean_error(errors, usable), noise, n_off])
+    error = mean_error([logs[key] - statistics.mean(others[key] or [0.0]) for key in logs])
+    rows.append(["the arm's mean in the other settings", f"{error:.0%}", "", ""])
     return rows
 
 
-def oracle_table(measures, plan):
+def oracle_table(measures):
     """Measured over predicted speed-ups of the oracles, by target."""
     rows = [["measured / predicted", "rate", "arm", *[f"{target:.0%}" for target in TARGETS]]]
     for key in measures:
@@ -720,7 +696,7 @@ def placebo(measures, target):
     return bootstrap(share, pairs, draws=2000)
 
 
-def start_table(store, measures, plan):
+def start_table(store, measures):
     """What the probe said of each base model before the runs, and what the runs did: the progress
     of an arm in its first WINDOW batches, by the rule, and its speed-up to the first target."""
     names = {"angle": "C", "length": "length, shortest first", "entropy": "entropy"}
@@ -741,19 +717,6 @@ def start_table(store, measures, plan):
     return rows
 
 
-def quarter_table(measures):
-    """p and u_mean in each quarter of the runs."""
-    rows = [["setting", "rate", "arm", "p by quarter", "u_mean by quarter"]]
-    for (setting, rate, arm), (_, useful, strength) in measures.items():
-        means = [x.mean((0, 1)) for x in (useful, strength)]
-        quarters = [torch.stack([part.mean() for part in x.tensor_split(4)]) for x in means]
-        texts = [
-            " ".join(f"{x:.2f}" for x in row) for row in (quarters[0], quarters[1] / quarters[0])
-        ]
-        rows.append([describe(setting), f"{rate:.0e}", arm, *texts])
-    return rows
-
-
 # --- Figures --------------------------------------------------------------------------------------
 STYLES = {  # color, line and marker, so that the arms also differ in black and white
     "uniform": ("black", "-", "o"),
@@ -766,29 +729,21 @@ STYLES = {  # color, line and marker, so that the arms also differ in black and 
 }
 
 
-def pyplot():
-    """matplotlib.pyplot without a screen, imported here because only figures need it."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    return plt
-
-
 def draw_curves(path, plan, measures, n_columns, banded):
     """The greedy accuracy over the updates: a panel for each setting, below it the next rate.
     banded: the arms that get 95% bootstrap intervals."""
-    plt = pyplot()
     panels = [(setting, rate) for setting, part in plan.items() for rate in part.rates]
     n_rows = len(panels) // n_columns
     size = (3.1 * n_columns + 1.5, 2.9 * n_rows + 0.9)
-    options = {"figsize": size, "layout": "constrained", "squeeze": False, "sharey": True}
-    figure, axes = plt.subplots(n_rows, n_columns, **options)
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(n_rows, n_columns, squeeze=False, sharey=True)
     for axis, (setting, rate) in zip(axes.T.flat, panels):
         for arm in [arm for arm in plan[setting].arms if arm in STYLES]:
             accuracy = measures[setting, rate, arm].accuracy
-            points = [bootstrap(mean_of_all, point, draws=1000) for point in accuracy.unbind(-1)]
+            points = [
+                bootstrap(partial(torch.mean, dim=(-1, -2)), point, draws=1000)
+                for point in accuracy.unbind(-1)
+            ]
             means, lows, highs = zip(*points)
             steps = range(0, setting.steps + 1, setting.eval_every)
             color, line, _ = STYLES[arm]
@@ -804,20 +759,18 @@ def draw_curves(path, plan, measures, n_columns, banded):
     place = {"title": title, "title_fontsize": 9, "loc": "outside lower center"}
     figure.legend(handles, labels, ncols=min(6, len(labels)), fontsize=9, **place)
     figure.savefig(path, dpi=110)
-    plt.close(figure)
 
 
-def draw_rule(path, measures, plan):
+def draw_rule(path, measures):
     """The measured speed-ups over those predicted by the rule, for each target."""
-    plt = pyplot()
-    options = {"figsize": (9, 5), "layout": "constrained", "sharey": True}
-    figure, axes = plt.subplots(1, len(TARGETS), **options)
+    figure = Figure(figsize=(9, 5), layout="constrained")
+    axes = figure.subplots(1, len(TARGETS), sharey=True)
     for axis, target in zip(axes, TARGETS):
         axis.plot([0.4, 6], [0.4, 6], color="black", linewidth=0.8)
-        for (_, rate, arm), found in usable_cells(measures, plan, target).items():
+        for (_, rate, arm), found in usable_cells(measures, target).items():
             if arm not in STYLES:
                 continue
-            x = predicted_speedup(progress_by_rule, found.steps[0], *found.groups).item()
+            x = predicted_logs(progress_by_rule, found.steps[0], *found.groups).mean().exp()
             y, low, high = bootstrap(speedup, *found.steps, draws=2000)
             color, _, marker = STYLES[arm]
             filled = "full" if rate == TINY.rates[0] else "none"
@@ -835,7 +788,6 @@ def draw_rule(path, measures, plan):
     title = "speed-up with 95% bootstrap interval, axes logarithmic; hollow: rate 4e-4"
     figure.legend(unique.values(), unique, title=title, loc="outside lower center", ncols=6)
     figure.savefig(path, dpi=110)
-    plt.close(figure)
 
 
 # --- The command ----------------------------------------------------------------------------------
@@ -848,28 +800,29 @@ def study_curricula(plan, size, path, folder, figures, rerun):
     if rerun:
         missing = [run for run in runs if run not in store.runs]
         options = {"mp_context": get_context("spawn"), "initializer": ignore_ctrl_c}
-        with patch.dict(os.environ, ENVIRONMENT), ProcessPoolExecutor(**options) as pool:
-            make_bases(store, pool, folder, missing, size)
-            make_runs(store, pool, folder, plan, missing)
+        for is_real, environment in ((False, ENVIRONMENT), (True, {})):
+            ours = [run for run in missing if (run.setting.world == REAL) == is_real]
+            with patch.dict(os.environ, environment), ProcessPoolExecutor(**options) as pool:
+                make_bases(store, pool, folder, ours, size)
+                make_runs(store, pool, folder, plan, ours)
     n_missing = sum(run not in store.runs for run in runs)
     print(f"{len(store.runs)} runs in {path}, {n_missing} are missing", end="\n\n")
     measures = measure_all(store, plan)
     for target in TARGETS:
         share = f"{target:.0%}"
         print_table(f"Speed-ups to {share}", speedup_table(measures, plan, target))
-        print_table(f"The rule and its rivals, to {share}", error_table(measures, plan, target))
+        print_table(f"The rule and its rivals, to {share}", error_table(measures, target))
         text = with_interval(*placebo(measures, target))
         print(f"Placebo, to {share}: of the logarithm between fast and slow seeds: {text}\n")
-    print_table("Oracles", oracle_table(measures, plan))
-    print_table("Arrivals", arrival_table(measures, plan))
-    print_table("Useful groups", quarter_table(measures))
-    print_table("At the start", start_table(store, measures, plan))
+    print_table("Oracles", oracle_table(measures))
+    print_table("Runs", run_table(measures))
+    print_table("At the start", start_table(store, measures))
     figures.mkdir(exist_ok=True)
     tiny = {setting: part for setting, part in plan.items() if setting.world != REAL}
     draw_curves(figures / "curricula.png", tiny, measures, len(tiny), ("uniform", "angle"))
     if real := {setting: part for setting, part in plan.items() if setting.world == REAL}:
         draw_curves(figures / "arithmetic_arms.png", real, measures, 1, REAL_ARMS)
-    draw_rule(figures / "rule.png", measures, plan)
+    draw_rule(figures / "rule.png", measures)
 
 
 def main(argv=None):
