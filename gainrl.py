@@ -11,10 +11,10 @@ group teaches something only if its rewards differ, so the choice of questions m
     3. Train   on batches from a Gaussian over the ranks. Its mean mu starts at 0. High accuracy and
                C move it on: mu += n max(0, tanh(alpha (accuracy - beta)) + tanh(gamma C)).
 
-    for example   rank 0, highest C                      rank N - 1, lowest C
-        batch 0   |###==--.                                                 |
-        batch 10  |              .--==#####==--.                            |
-        batch 25  |                                                 .--==###| to the end of the run
+    not to scale  rank 0, highest C     rank N - 1, lowest C
+        batch 0   |###==--.                                |
+        batch 10  |          .--==###==--.                 |
+        batch 25  |                                .--==###| to the end of the run
 
 The paper claims that aligned token vectors predict large gradients. Section 5 says what of this is
 exact, and extras/STUDY.md tests the rest.
@@ -22,29 +22,26 @@ exact, and extras/STUDY.md tests the rest.
     python gainrl.py                             Qwen2.5-0.5B on GSM8K; without a GPU, a tiny model
     python gainrl.py --preset arithmetic         SmolLM2-135M on sums, in minutes on a CPU
     python gainrl.py --curriculum uniform        the baseline: plain GRPO
-    python gainrl.py --resume runs/tiny-angle-0  continue a run that was stopped
 
-    symbol        meaning                            in the code         value (gsm8k preset)
-    N             training questions                 len(problems)       7473
-    P             questions in a batch               prompts_per_step    32
-    G             completions of each question       group_size          8
-    B             rows of a tensor; in a batch, P G  len(ids)            256
-    T             tokens in the longest prompt       prompt_length       up to about 300
-    L             most tokens in a completion        max_new_tokens      512
-    D             size of a hidden state             hidden.shape[-1]    896
-    C             angle concentration of a question  concentration       0.85 (with SmolLM2-135M)
-    mu, sigma     mean and width of the Gaussian     mean, sigma         0 to N - 1, 1000 ranks
-    n             unit of its moves                  stride              500 ranks
-    beta          accuracy that adds no move         target_accuracy     0.5
-    alpha, gamma  slopes of accuracy and C           alpha, gamma        2, 2
+    symbol        meaning                            in the code       value (gsm8k preset)
+    N             training questions                 len(problems)     7473
+    P             questions in a batch               prompts_per_step  32
+    G             completions of each question       group_size        8
+    B             rows of a tensor; in a batch, P G  len(ids)          256
+    T             tokens in the longest prompt       prompt_length     up to about 300
+    L             most tokens in a completion        max_new_tokens    512
+    D             size of a hidden state             hidden.shape[-1]  896
+    C             angle concentration of a question  concentration     0.85 (with SmolLM2-135M)
+    mu, sigma     mean and width of the Gaussian     mean, sigma       0 to N - 1, 1000 ranks
+    n             unit of its moves                  stride            500 ranks
+    beta          accuracy that adds no move         target_accuracy   0.5
+    alpha, gamma  slopes of accuracy and C           alpha, gamma      2, 2
 
 Deliberate choices in GRPO:
 
     - The loss is the mean over all tokens of a batch. The GRPO paper averages each completion
       first, so the tokens of long ones weigh less.
     - One optimizer update per batch (--updates), so the ratio is 1 and nothing is clipped.
-    - AdamW without weight decay, a constant learning rate, gradient norm at most 1.
-    - No dynamic sampling, overlong filter or entropy bonus.
     - One GPU trains and samples. For several, see extras/train_trl.py."""
 
 # --- 1. Imports (to copy a single section, take those that its head names)
@@ -73,9 +70,9 @@ from tqdm import tqdm
 
 # --- 2. Configuration
 
-TINY_WORLD = "extras/tiny-world"  # shipped: a model and its questions
-ARITHMETIC = "extras/arithmetic"  # shipped: questions
-PRESETS = {  # overrides of the defaults below
+TINY_WORLD = "extras/tiny-world"
+ARITHMETIC = "extras/arithmetic"
+PRESETS = {  # overrides of the defaults
     "gsm8k": {},
     "tiny": {
         "model": TINY_WORLD,
@@ -104,7 +101,7 @@ PRESETS = {  # overrides of the defaults below
 
 
 def setting(default, help_text):
-    shown = "" if default is None else " (default: %(default)s)"  # argparse puts in the default
+    shown = "" if default is None else " (default: %(default)s)"
     return field(default=default, metadata={"help": help_text + shown})
 
 
@@ -112,7 +109,7 @@ def setting(default, help_text):
 class Config:
     """All settings of a run. ValueError for numbers out of range and for contradictions."""
 
-    preset: Literal["gsm8k", "tiny", "arithmetic"] = setting("gsm8k", "tiny if there is no GPU")
+    preset: Literal[*PRESETS] = setting("gsm8k", "tiny if there is no GPU")
     model: str = setting("Qwen/Qwen2.5-0.5B-Instruct", "hub name or folder")
     dataset: str = setting("openai/gsm8k", "hub name or folder")
     curriculum: Literal["angle", "length", "shuffled", "uniform"] = setting("angle", "the order")
@@ -161,8 +158,8 @@ class Config:
 
 
 def train(config):
-    """Score, rank, train, evaluate; returns the Path of the run directory. ValueError for bad
-    input, OSError for a failed write, FloatingPointError for divergence."""
+    """Returns the Path of the run directory. ValueError for bad input, OSError for a failed write,
+    FloatingPointError for divergence."""
     model, tokenizer, problems, test_problems = load_task(config)
     reference = copy.deepcopy(model) if config.kl_coef else None  # the weights before training
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=0.0)
@@ -178,7 +175,7 @@ def train(config):
         run.record_evaluation(0, evaluate(model, tokenizer, test_problems, config))
     for step in tqdm(range(run.steps_done + 1, config.steps + 1), "training", disable=None):
         began = time.perf_counter()
-        # 1. Draw P questions from the Gaussian over the ranks.
+        # 1. Draw P questions from the Gaussian.
         mean = curriculum.mean  # update() below moves it
         batch = [problems[index] for index in curriculum.sample()]
         prompts = [problem["prompt"] for problem in batch]
@@ -190,7 +187,7 @@ def train(config):
         advantages = group_advantages(rewards)
         # 4. Update the policy with the clipped loss.
         stats = grpo_update(model, reference, optimizer, rollout, advantages, config)
-        # 5. Move the Gaussian by the batch's accuracy and its C, as measured in 2.
+        # 5. Move the Gaussian by the batch's accuracy and its C.
         curriculum.update(rewards.mean().item(), rollout.concentration)
         seconds = time.perf_counter() - began
         run.record_step(step, seconds, mean, batch, rollout, rewards, stats)
@@ -206,13 +203,9 @@ def train(config):
 
 # --- 4. The task: prompts, answers, reward
 # Needs contextlib, re, Decimal, namedtuple.
-#
-# A rendered prompt, with its question in [brackets]:
-#   <|im_start|>system Solve ... What is 2+2? ... <|im_start|>user [Ben has 6 cards. ... How many
-#   cards does Ben have now?] <|im_end|> <|im_start|>assistant
 
-# ids[:start] is the prefix, ids[start:end] the question. A token across the border is in the
-# question, so prefixes can differ by a token.
+# ids[:start] is the prefix (system prompt and worked example), ids[start:end] the question. A token
+# across the border is in the question, so prefixes can differ by a token.
 Prompt = namedtuple("Prompt", "ids start end")
 
 SYSTEM_PROMPT = "Solve the problem step by step. Write the final number as \\boxed{number}."
@@ -335,12 +328,10 @@ def angle_concentration(hidden, prefix_mask, question_mask):
 def score_prompts(model, prompts, batch_size=64):
     """Scores of N Prompts, on the CPU. C is C_intra + C_inter (paper, section 3). The shared prefix
     is run once. Prompts whose questions end at the same position share a batch, so nothing is
-    padded. ValueError if the prompts share no first token."""
+    padded."""
     device = model.device
     intra_inter = torch.zeros(2, len(prompts))
     shared_ids = os.path.commonprefix([prompt.ids[: prompt.start] for prompt in prompts])
-    if not shared_ids:
-        raise ValueError("the prompts share no first token")
     rows_by_end = {}
     for row, prompt in enumerate(prompts):
         rows_by_end.setdefault(prompt.end, []).append(row)
@@ -366,7 +357,8 @@ def score_prompts(model, prompts, batch_size=64):
 
 def run_backbone(model, ids, attention_mask=None, cache=None, position_ids=None):
     """The hidden states after the final norm, (B, T, D), and the cache including these T tokens.
-    ids: (B, T). attention_mask: (B, cached tokens + T), False for padding."""
+    ids: (B, T). attention_mask: (B, cached tokens + T), False for padding. position_ids: by default
+    from the mask. (Before transformers 5.24, the cache was called past_key_values.)"""
     if position_ids is None and attention_mask is not None:
         position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
     output = model.get_decoder()(
@@ -502,11 +494,8 @@ Rollout = namedtuple("Rollout", "ids attention_mask completion_mask texts concen
 
 
 def group_advantages(rewards):
-    """z-scores of the rewards within each group, (P, G) -> (P, G). A flat group, whose rewards are
-    all equal, gets zeros. ValueError for groups of one."""
-    if rewards.shape[1] < 2:
-        raise ValueError("a group of one has no advantage")
-    rewards = rewards.to(torch.promote_types(rewards.dtype, torch.float32))
+    """z-scores of the rewards within each group, (P, G) -> (P, G), float. A flat group, whose
+    rewards are all equal, gets zeros."""
     differences = rewards - rewards[:, :1]  # exactly 0 in a flat group, and so is their std
     std = differences.std(1, keepdim=True)
     return torch.where(std == 0, 0.0, (differences - differences.mean(1, keepdim=True)) / std)
@@ -549,7 +538,7 @@ def compute_gradient(model, reference, rollout, advantages, old_logprobs, config
     advantages: (P, G). old_logprobs: None in the first update of a batch, which measures them.
 
     Micro-batches, weighted by their tokens, add up to the gradient of the batch. They hold rows of
-    similar length, to save padding. Without a KL term, rows of advantage 0 are skipped."""
+    similar length. Without a KL term, rows of advantage 0 are skipped."""
     lengths = rollout.completion_mask.sum(1)
     n_tokens = lengths.sum().item()
     advantages = advantages.flatten().to(lengths.device)
@@ -685,7 +674,7 @@ def generate(model, tokenizer, prompts, config, group_size=1, generator=None):
         attention_mask = F.pad(attention_mask, room).repeat_interleave(group_size, dim=0)
         end_ids = end_tokens(model, tokenizer, prompts[0])
         decode_rows = decode
-        if device.type == "cuda":  # optional, three times as fast; from call 2 on, other draws
+        if device.type == "cuda":  # optional: faster, but draws differ
             with contextlib.suppress(ImportError):
                 from extras.cuda_graph import decode as decode_rows
         decode_rows(model, cache, hidden, ids, attention_mask, end_ids, config, generator)
@@ -769,11 +758,10 @@ def evaluate(model, tokenizer, problems, config):
 def wilson_interval(successes, trials):
     """The 95% Wilson interval of a share."""
     z = 1.96
-    share = successes / trials
-    center = share + z**2 / (2 * trials)
-    half_width = z * math.sqrt(share * (1 - share) / trials + z**2 / (4 * trials**2))
-    scale = 1 + z**2 / trials
-    return max(0.0, (center - half_width) / scale), min(1.0, (center + half_width) / scale)
+    n = trials + z**2
+    center = (successes + z**2 / 2) / n
+    half_width = z / n * math.sqrt(successes * (trials - successes) / trials + z**2 / 4)
+    return max(0.0, center - half_width), min(1.0, center + half_width)
 
 
 # --- 9. Plumbing: loading and files
@@ -791,7 +779,7 @@ def load_task(config):
     test_problems = load_problems(tokenizer, config.dataset, "test", longest)
     prompt = problems[0]["prompt"]
     check_model(model, prompt)
-    # For model/. If there are none, this fails before scoring.
+    # Saved in model/.
     model.generation_config.eos_token_id = end_tokens(model, tokenizer, prompt).tolist()
     return model, tokenizer, problems, test_problems[: config.eval_examples]
 
@@ -836,7 +824,7 @@ def check_model(model, prompt):
         ids = F.pad(ids, (3, 0)).expand(2, -1)
         mask = torch.arange(ids.shape[1], device=model.device).expand(2, -1) >= 3
         ours = completion_logprobs(model, ids, mask, length, 1.0, ids[:, 0])  # of one prompt
-        # Two ways to run SmolLM2-135M differ by up to 0.12 in bfloat16, and 1e-5 in float32.
+        # SmolLM2-135M differs by up to 0.12 in bfloat16, and 1e-5 in float32.
         tolerance = 0.5 if torch.is_autocast_enabled(model.device.type) else 1e-3
         if not (ours - own).abs().max() <= tolerance:
             raise ValueError("its logits are not lm_head of its last states")
@@ -856,8 +844,7 @@ def load_problems(tokenizer, source, split, longest):
             lines = [json.dumps(row).encode() for row in rows]
     rows = []
     for number, line in enumerate(lines, start=1):
-        wanted = "a JSON object in UTF-8 with two strings, question and answer"
-        with explain(f"{path}:{number}: must be {wanted}, not {line!r:.99}"):
+        with explain(f"{path}:{number}: not UTF-8 JSON with question and answer: {line!r:.99}"):
             if line.strip():
                 row = json.loads(line.decode("utf-8-sig"))
                 row["question"].encode()  # fails for a lone surrogate
@@ -881,8 +868,8 @@ def load_problems(tokenizer, source, split, longest):
 
 
 class RunFolder:
-    """The directory of a run. Its files (see README) are replaced as a whole, except in model/, so
-    a run can be stopped in any way and continued with --resume."""
+    """The directory of a run. Its files are replaced as a whole, except in model/, so that a run can
+    be stopped in any way."""
 
     def __init__(self, config, problems, scores, generator, parts):
         """Create the directory, or load the parts from the checkpoint of config.resume."""
@@ -996,7 +983,7 @@ def write_atomically(path, write):
                 os.fsync(file.fileno())  # against power cuts
             os.replace(temporary, path)
         finally:
-            temporary.unlink(missing_ok=True)  # left by a failed write
+            temporary.unlink(missing_ok=True)
 
 
 def write_json(path, *values, indent=None):
@@ -1032,7 +1019,7 @@ def parse_config(argv=None):
 
 
 def main(argv=None):
-    """Run a command line; returns its status: 0, 2 after an error, 130 after Ctrl-C."""
+    """Returns the status: 0, 2 after an error, 130 after Ctrl-C."""
     transformers.utils.logging.disable_progress_bar()
     try:
         train(parse_config(argv))

@@ -261,8 +261,6 @@ def test_scoring_runs_the_prefix_once_and_neither_the_head_nor_the_end_of_the_pr
     assert calls[0][1].shape == (1, start)
     n_tokens = sum(ids.numel() for _, ids in calls[1:])
     assert n_tokens == sum(prompt.end - start for prompt in PROMPTS)
-    with pytest.raises(ValueError, match="share no first token"):
-        gainrl.score_prompts(model, [PROMPTS[0], gainrl.Prompt([3, 4, 5], 1, 2)])
 
 
 # --- 3. Scores and gradient norms: what is exact, what is measured, what fails --------------------
@@ -540,8 +538,6 @@ def test_advantages_are_z_scores_within_each_group_and_exactly_zero_in_flat_grou
     advantages = gainrl.group_advantages(close)
     assert advantages[0].tolist() == pytest.approx([-(0.5**0.5), 0.5**0.5])
     assert advantages[1].isfinite().all()
-    with pytest.raises(ValueError, match="group of one"):
-        gainrl.group_advantages(torch.ones(3, 1))
 
 
 def test_the_logits_of_a_long_batch_are_not_kept_for_the_backward_pass(rollout, monkeypatch):
@@ -1448,7 +1444,7 @@ def test_every_number_out_of_range_is_refused_by_flag(setting):
 def test_a_bad_row_is_refused_by_file_and_line(tmp_path, row, split):
     data = write_dataset(tmp_path / "data", [*ROWS[:2], "", row, *ROWS], [ROWS[0], "", "", row])
     with pytest.raises(
-        ValueError, match=re.escape(f"{data}/{split}.jsonl:4: must be a JSON object")
+        ValueError, match=re.escape(f"{data}/{split}.jsonl:4: not UTF-8 JSON")
     ):
         gainrl.load_problems(WORLD_TOKENIZER, str(data), split, 448)
 
