@@ -358,7 +358,7 @@ def score_prompts(model, prompts, batch_size=64):
 def run_backbone(model, ids, attention_mask=None, cache=None, position_ids=None):
     """The hidden states after the final norm, (B, T, D), and the cache including these T tokens.
     ids: (B, T). attention_mask: (B, cached tokens + T), False for padding. position_ids: by default
-    from the mask. (Before transformers 5.24, the cache was called past_key_values.)"""
+    from the mask. Older transformers call the cache past_key_values."""
     if position_ids is None and attention_mask is not None:
         position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
     output = model.get_decoder()(
@@ -496,7 +496,7 @@ Rollout = namedtuple("Rollout", "ids attention_mask completion_mask texts concen
 def group_advantages(rewards):
     """z-scores of the rewards within each group, (P, G) -> (P, G), float. A flat group, whose
     rewards are all equal, gets zeros."""
-    differences = rewards - rewards[:, :1]  # exactly 0 in a flat group, and so is their std
+    differences = rewards - rewards[:, :1]  # exactly 0 in a flat group
     std = differences.std(1, keepdim=True)
     return torch.where(std == 0, 0.0, (differences - differences.mean(1, keepdim=True)) / std)
 
