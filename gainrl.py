@@ -217,10 +217,9 @@ PLACEHOLDER = "\ue000"  # in no template
 def encode_prompts(tokenizer, questions):
     """The Prompts of a list of questions. ValueError for a template that cannot be used."""
     name = tokenizer.name_or_path
-    parts = render_chat(tokenizer, PLACEHOLDER).split(PLACEHOLDER)
-    if len(parts) != 2:
+    head, found, tail = render_chat(tokenizer, PLACEHOLDER).partition(PLACEHOLDER)
+    if not found or PLACEHOLDER in tail:
         raise ValueError(f"the chat template of {name} drops or repeats the question")
-    head, tail = parts
     texts = [head + question.strip() + tail for question in questions]
     encoding = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
     prompts = []
@@ -496,6 +495,7 @@ Rollout = namedtuple("Rollout", "ids attention_mask completion_mask texts concen
 def group_advantages(rewards):
     """z-scores of the rewards within each group, (P, G) -> (P, G), float. A flat group, whose
     rewards are all equal, gets zeros."""
+    rewards = rewards * 1.0
     differences = rewards - rewards[:, :1]  # exactly 0 in a flat group
     std = differences.std(1, keepdim=True)
     return torch.where(std == 0, 0.0, (differences - differences.mean(1, keepdim=True)) / std)
@@ -658,7 +658,7 @@ def generate(model, tokenizer, prompts, config, group_size=1, generator=None):
     prefix_mask = attention_mask & (positions < starts)
     question_mask = (positions >= starts) & (positions < ends)
     ids = ids.clamp(min=0)
-    prompt_length = ids.shape[1]
+    length = config.max_new_tokens
     with mixed_precision(device):
         hidden, cache = run_backbone(model, ids, attention_mask)
         intra, inter = angle_concentration(hidden, prefix_mask, question_mask)
@@ -669,9 +669,8 @@ def generate(model, tokenizer, prompts, config, group_size=1, generator=None):
         cache.batch_repeat_interleave(group_size)
         hidden = hidden[:, -1].repeat_interleave(group_size, dim=0)
         # decode() writes the completions in place.
-        room = (0, config.max_new_tokens)
-        ids = F.pad(ids, room).repeat_interleave(group_size, dim=0)
-        attention_mask = F.pad(attention_mask, room).repeat_interleave(group_size, dim=0)
+        ids = F.pad(ids, (0, length)).repeat_interleave(group_size, dim=0)
+        attention_mask = F.pad(attention_mask, (0, length)).repeat_interleave(group_size, dim=0)
         end_ids = end_tokens(model, tokenizer, prompts[0])
         decode_rows = decode
         if device.type == "cuda":  # optional: faster, but draws differ
@@ -679,7 +678,7 @@ def generate(model, tokenizer, prompts, config, group_size=1, generator=None):
                 from extras.cuda_graph import decode as decode_rows
         decode_rows(model, cache, hidden, ids, attention_mask, end_ids, config, generator)
 
-    completion_ids, completion_mask = ids[:, prompt_length:], attention_mask[:, prompt_length:]
+    completion_ids, completion_mask = ids[:, -length:], attention_mask[:, -length:]
     completions = [row[mask].tolist() for row, mask in zip(completion_ids, completion_mask)]
     texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
     return Rollout(ids, attention_mask, completion_mask, texts, concentration)

@@ -538,6 +538,8 @@ def test_advantages_are_z_scores_within_each_group_and_exactly_zero_in_flat_grou
     advantages = gainrl.group_advantages(close)
     assert advantages[0].tolist() == pytest.approx([-(0.5**0.5), 0.5**0.5])
     assert advantages[1].isfinite().all()
+    pair = gainrl.group_advantages(torch.tensor([[0, 1]]))  # integers
+    assert pair.tolist() == [pytest.approx([-(0.5**0.5), 0.5**0.5])]
 
 
 def test_the_logits_of_a_long_batch_are_not_kept_for_the_backward_pass(rollout, monkeypatch):
@@ -1443,9 +1445,7 @@ def test_every_number_out_of_range_is_refused_by_flag(setting):
 )
 def test_a_bad_row_is_refused_by_file_and_line(tmp_path, row, split):
     data = write_dataset(tmp_path / "data", [*ROWS[:2], "", row, *ROWS], [ROWS[0], "", "", row])
-    with pytest.raises(
-        ValueError, match=re.escape(f"{data}/{split}.jsonl:4: not UTF-8 JSON")
-    ):
+    with pytest.raises(ValueError, match=re.escape(f"{data}/{split}.jsonl:4: not UTF-8 JSON")):
         gainrl.load_problems(WORLD_TOKENIZER, str(data), split, 448)
 
 
